@@ -1,0 +1,185 @@
+"""The encoded result of one exchange: the bytes that every peer applies.
+
+A reducer encodes each finished chunk once and everybody, itself included, uses those bytes: that is
+what makes replicas bit-identical however the sums were rounded. `root` names the bytes; peers that
+hold the same root hold the same average.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from blake3 import blake3
+from torch import Tensor
+
+from coordinator_free.codecs import codec
+from coordinator_free.messages import MAX_MEMBERS, FrameHeader, Plan, Slice
+from coordinator_free.partition import chunk_bounds
+from coordinator_free.wire import pack_frame, tree_root, unpack_frame
+
+_PREFIX = struct.Struct(">IIQI")
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One reduced chunk.
+
+    Attributes:
+        slice: index of its slice in the plan.
+        index: of the chunk in its slice.
+        elements: encoded in `payload`.
+        contributors: bit i of byte i // 8 is set if contribution i of the plan is in the mean.
+        payload: codec bytes.
+    """
+
+    slice: int
+    index: int
+    elements: int
+    contributors: bytes
+    payload: bytes | memoryview
+
+    def digest(self) -> bytes:
+        """(32,) bytes over everything above."""
+        hasher = blake3(b"shoal chunk v1\0")
+        hasher.update(_PREFIX.pack(self.slice, self.index, self.elements, len(self.contributors)))
+        hasher.update(self.contributors)
+        hasher.update(self.payload)
+        return hasher.digest()
+
+    def frame(self) -> bytes:
+        """As it travels."""
+        header = FrameHeader(
+            slice=self.slice,
+            chunk=self.index,
+            contributors=self.contributors,
+            elements=self.elements,
+        )
+        return pack_frame(header, self.payload)
+
+    @classmethod
+    def from_frame(cls, frame: bytes) -> Chunk:
+        """Read one back; neither its place nor its payload is checked yet.
+
+        Raises:
+            ValueError: not a frame.
+        """
+        header, payload = unpack_frame(frame)
+        return cls(header.slice, header.chunk, header.elements, header.contributors, payload)
+
+
+def chunk_places(slices: tuple[Slice, ...], chunk_elements: int) -> Iterator[tuple[int, int, int]]:
+    """(slice, chunk, elements) of every chunk of a vector cut like this, in order."""
+    for number, piece in enumerate(slices):
+        for index, (start, stop) in enumerate(chunk_bounds(piece, chunk_elements)):
+            yield number, index, stop - start
+
+
+class Average:
+    """All chunks of a vector, in order.
+
+    Args:
+        codec_name: how payloads are encoded.
+        chunks: every chunk of the vector, in the order of its elements.
+
+    Raises:
+        ConfigError: nobody knows the codec.
+        ValueError: a payload is not what the codec makes.
+    """
+
+    def __init__(self, codec_name: str, chunks: list[Chunk]) -> None:
+        self.codec_name = codec_name
+        self.chunks = chunks
+        for chunk in chunks:
+            codec(codec_name).validate(chunk.payload, chunk.elements)
+
+    @functools.cached_property
+    def root(self) -> bytes:
+        """(32,) bytes that name this average."""
+        name = blake3(b"shoal average v1\0" + self.codec_name.encode()).digest()
+        return tree_root([name, *(chunk.digest() for chunk in self.chunks)])
+
+    @property
+    def numel(self) -> int:
+        """Length of the vector."""
+        return sum(chunk.elements for chunk in self.chunks)
+
+    def values(self) -> Tensor:
+        """The averaged pseudo-gradient, decoded: (N,) float32."""
+        out_N = torch.empty(self.numel, dtype=torch.float32)
+        start = 0
+        for chunk in self.chunks:
+            decoded = codec(self.codec_name).decode(chunk.payload, chunk.elements)
+            out_N[start : start + chunk.elements] = decoded
+            start += chunk.elements
+        return out_N
+
+    def frames(self) -> Iterator[bytes]:
+        """For somebody who fetches it: the codec's name, then every chunk."""
+        yield pack_frame(FrameHeader(codec=self.codec_name))
+        for chunk in self.chunks:
+            yield chunk.frame()
+
+
+class AverageReader:
+    """Collects the frames of a fetched average, bounded by the length of the vector."""
+
+    def __init__(self, numel: int) -> None:
+        self._numel = numel
+        self._codec_name: str | None = None
+        self._chunks: list[Chunk] = []
+        self._elements = 0
+
+    def add(self, frame: bytes) -> None:
+        """Take one frame.
+
+        Raises:
+            ValueError: not a frame, or more than there can be.
+        """
+        if self._codec_name is None:
+            self._codec_name = unpack_frame(frame)[0].codec
+            return
+        chunk = Chunk.from_frame(frame)
+        self._elements += chunk.elements
+        if chunk.elements == 0 or self._elements > self._numel:
+            raise ValueError("the chunks of an average do not add up")
+        self._chunks.append(chunk)
+
+    def finish(self, root: bytes) -> Average:
+        """The average, which has this root.
+
+        Raises:
+            ValueError: it is another one, or incomplete.
+        """
+        if self._codec_name is None or self._elements != self._numel:
+            raise ValueError("an average is incomplete")
+        average = Average(self._codec_name, self._chunks)
+        if average.root != root:
+            raise ValueError("an average has another root than asked for")
+        return average
+
+
+def contributor_bits(plan: Plan, present: set[str]) -> bytes:
+    """The bitmap of those contributions of a plan that are by `present`."""
+    bits = bytearray(-(-len(plan.contributions) // 8))
+    for number, contribution in enumerate(plan.contributions):
+        if contribution.peer_id in present:
+            bits[number // 8] |= 1 << number % 8
+    return bytes(bits)
+
+
+def check_bits(plan: Plan, bits: bytes) -> None:
+    """Refuse a bitmap that names nobody, or a contribution that the plan does not have.
+
+    Raises:
+        ValueError: such a bitmap.
+    """
+    count = len(plan.contributions)
+    if len(bits) != -(-count // 8) or count > MAX_MEMBERS:
+        raise ValueError("a contributor bitmap has the wrong length")
+    number = int.from_bytes(bits, "little")
+    if number == 0 or number >> count:
+        raise ValueError("a contributor bitmap names nobody, or somebody who is not there")

@@ -1,0 +1,146 @@
+"""What a swarm has decided, and how a stranger checks it.
+
+A certificate holds an outcome and the signatures of those members of the *previous* roster who
+accepted it. `Head` is what follows from the newest certificate. `verify` guarantees that more than
+half of the given roster signed; for a provisional certificate (more than half was gone) it only
+guarantees that members of that roster did, so two provisional branches can both be valid: the one
+with more samples wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from coordinator_free import wire
+from coordinator_free.messages import (
+    NO_DIGEST,
+    Certificate,
+    Kind,
+    Member,
+    Outcome,
+    Signature,
+)
+
+ACCEPT_DOMAIN = b"shoal accept v1"
+
+Verify = Callable[[str, bytes, bytes, bytes], bool]
+"""(peer id, domain, message, signature) -> whether that peer signed that message."""
+
+
+class Signer(Protocol):
+    """The part of an identity that the machine needs."""
+
+    @property
+    def peer_id(self) -> str:
+        """Who signs."""
+        ...
+
+    def sign(self, domain: bytes, message: bytes) -> bytes:
+        """64 bytes of Ed25519 over a domain-separated message."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Head:
+    """Where a replica stands: what the next height builds on.
+
+    Attributes:
+        height: decrees so far.
+        round: averaged rounds so far, which is the index of the round under way.
+        digest: the hash chain over all outcomes.
+        state_root: of parameters and momentum.
+        samples: trained on by the swarm so far.
+        roster: who votes on the next decree, sorted by peer id.
+        kind: what the newest decree did.
+    """
+
+    height: int
+    round: int
+    digest: bytes
+    state_root: bytes
+    samples: int
+    roster: tuple[Member, ...]
+    kind: Kind
+
+    @classmethod
+    def after(cls, certificate: Certificate) -> Head:
+        """The head that this certificate leads to."""
+        outcome = certificate.outcome
+        return cls(
+            height=outcome.height + 1,
+            round=outcome.round,
+            digest=wire.head_digest(outcome),
+            state_root=outcome.state_root,
+            samples=outcome.samples,
+            roster=outcome.roster,
+            kind=outcome.kind,
+        )
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """Peer ids of the roster, in its order."""
+        return tuple(member.peer_id for member in self.roster)
+
+    @property
+    def majority(self) -> int:
+        """How many of the roster must accept."""
+        return len(self.roster) // 2 + 1
+
+    @property
+    def rank(self) -> tuple[int, int, bytes]:
+        """Of two branches the one with the higher rank wins."""
+        return (self.samples, self.height, self.digest)
+
+
+def signed_text(run_id: str, ballot: int, outcome: Outcome) -> bytes:
+    """What an acceptance signs: the run, the ballot, and the outcome with its height."""
+    return b"\0".join((run_id.encode(), str(ballot).encode(), wire.outcome_digest(outcome)))
+
+
+def found(run_id: str, founder: Member, signer: Signer, state_root: bytes) -> Certificate:
+    """The first certificate of a run: its creator fixes the initial state and is the roster."""
+    outcome = Outcome(
+        height=0,
+        round=0,
+        kind=Kind.FOUND,
+        previous=NO_DIGEST,
+        plan=NO_DIGEST,
+        vector_root=NO_DIGEST,
+        state_root=state_root,
+        samples=0,
+        contributions=(),
+        roster=(founder,),
+    )
+    signature = signer.sign(ACCEPT_DOMAIN, signed_text(run_id, 0, outcome))
+    return Certificate(
+        outcome=outcome,
+        ballot=0,
+        provisional=False,
+        signatures=(Signature(peer_id=founder.peer_id, signature=signature),),
+    )
+
+
+def verify(certificate: Certificate, run_id: str, voters: tuple[str, ...], check: Verify) -> bool:
+    """Whether these voters decided this.
+
+    Args:
+        certificate: from anywhere.
+        run_id: of the run it must belong to.
+        voters: peer ids of the roster before it; for the first certificate the run's creator.
+        check: verifies one signature.
+
+    Returns:
+        True if all signatures are valid and by voters, and there are enough of them.
+    """
+    signers = {signature.peer_id for signature in certificate.signatures}
+    if not signers or not signers <= set(voters):
+        return False
+    if len(signers) <= len(voters) // 2 and not certificate.provisional:
+        return False
+    text = signed_text(run_id, certificate.ballot, certificate.outcome)
+    return all(
+        check(signature.peer_id, ACCEPT_DOMAIN, text, signature.signature)
+        for signature in certificate.signatures
+    )

@@ -1,0 +1,354 @@
+"""One member's turn at leading a ballot: collect, plan, judge, propose, count.
+
+The leader passes small messages only; tensors never go through it because it leads. It decides
+nothing either: what it proposes holds once a majority of the roster has signed it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, TypeVar
+
+from coordinator_free import certificates, wire
+from coordinator_free.messages import (
+    NO_DIGEST,
+    Accepted,
+    Certificate,
+    Contribution,
+    Kind,
+    Lead,
+    Member,
+    Outcome,
+    Plan,
+    Prepare,
+    Promise,
+    Propose,
+    Ready,
+    Report,
+    Signature,
+)
+from coordinator_free.partition import equal_slices
+
+if TYPE_CHECKING:
+    from coordinator_free.machine import Machine
+
+K = TypeVar("K")
+
+BEAT_S = 1.0  # heartbeats, and the time after which an unanswered message is repeated
+JUDGE_MARGIN_S = 2.0  # members notice the deadline of an exchange before their leader does
+
+
+class Leadership:
+    """The leader's side of ballot `ballot` at the machine's current height."""
+
+    def __init__(self, machine: Machine, ballot: int, now: float) -> None:
+        self._machine = machine
+        self._ballot = ballot
+        self._prepared = ballot == 0  # nothing can have been accepted before the first ballot
+        self._promises: dict[str, Promise] = {}
+        self._readies: dict[str, Ready] = {}
+        self._reports: dict[str, Report] = {}
+        self._accepts: dict[str, Signature] = {}
+        self._majority_at: float | None = None
+        self._closing_at: float | None = None
+        self._plan: Plan | None = None
+        self._plan_digest = NO_DIGEST
+        self._judge_at = 0.0
+        self._proposal: Propose | None = None
+        self._proposed_at = 0.0
+        self._beat_at = now
+
+    def receive(
+        self, sender: str, message: Ready | Promise | Report | Accepted, now: float
+    ) -> None:
+        """A member's answer in this ballot."""
+        machine = self._machine
+        match message:
+            case Ready() if message.head == machine.head.digest:
+                self._readies[sender] = message
+            case Promise():
+                self._promises[sender] = message
+            case Report() if message.plan == self._plan_digest:
+                self._reports[sender] = message
+            case Accepted() if self._proposal is not None:
+                outcome = self._proposal.outcome
+                text = certificates.signed_text(machine.run_id, self._ballot, outcome)
+                if message.outcome == wire.outcome_digest(outcome) and machine.check(
+                    sender, certificates.ACCEPT_DOMAIN, text, message.signature
+                ):
+                    self._accepts[sender] = Signature(peer_id=sender, signature=message.signature)
+        self._step(now)
+
+    def advance(self, now: float) -> None:
+        """Time passed."""
+        if now >= self._beat_at:
+            self._beat(now)
+        self._step(now)
+
+    # -- the steps ----------------------------------------------------------------------------
+
+    def _step(self, now: float) -> None:
+        if self._proposal is not None:
+            self._count(self._proposal, now)
+        elif not self._prepared:
+            self._learn(now)
+        elif self._plan is not None:
+            self._judge(self._plan, now)
+        else:
+            self._collect(now)
+
+    def _beat(self, now: float) -> None:
+        """Heartbeat, and once more whatever has not been answered."""
+        machine = self._machine
+        self._beat_at = now + BEAT_S
+        height = machine.head.height
+        lead = Lead(height=height, ballot=self._ballot, closing=self._closing_at is not None)
+        for peer in machine.head.peers:
+            if peer != machine.me.peer_id:
+                machine.send(peer, lead)
+        if self._proposal is not None:
+            self._tell(self._accepts, self._proposal)
+        elif not self._prepared:
+            self._tell(self._promises, Prepare(height=height, ballot=self._ballot))
+        elif self._plan is not None:
+            for peer in self._plan.receivers:
+                if peer not in self._reports:
+                    machine.send(peer, self._plan)
+
+    def _tell(self, answered: Iterable[str], message: Prepare | Propose) -> None:
+        for peer in self._machine.head.peers:
+            if peer not in answered:
+                self._machine.send(peer, message)
+
+    def _learn(self, now: float) -> None:
+        """Take up what may have been accepted, or what an earlier exchange brought about."""
+        machine = self._machine
+        if self._quorum(self._promises, now) is None:
+            return
+        self._prepared = True
+        accepted = [
+            (promise.accepted_ballot, promise.accepted)
+            for promise in self._promises.values()
+            if promise.accepted is not None
+            and promise.accepted_ballot is not None
+            and machine.plausible(promise.accepted)
+        ]
+        if accepted:
+            _, outcome = max(accepted, key=lambda entry: entry[0])
+            self._propose(outcome, self._holders_of(outcome), now)
+            return
+        best = _largest(
+            {
+                peer: (promise.report.plan, promise.report.vector_root, promise.report.state_root)
+                for peer, promise in self._promises.items()
+                if promise.report is not None and promise.report.complete
+            }
+        )
+        if best is not None:
+            (digest, vector_root, state_root), holders = best
+            plan = self._promises[holders[0]].plan
+            if plan is not None and wire.plan_digest(plan) == digest:
+                self._propose_average(plan, vector_root, state_root, holders, now)
+
+    def _collect(self, now: float) -> None:
+        """Wait for work to be done; start at once when everybody is ready."""
+        machine, members = self._machine, self._machine.membership
+        live = {peer for peer in members.live() if not members.leaving(peer)}
+        if machine.gathering:
+            enough = len(members.next_roster(now)) >= machine.config.start_peers
+            if enough or self._must_go(now):
+                self._regroup(now)
+            return
+        ready = live & self._readies.keys()
+        if ready and ready == live:
+            self._start(ready, now)
+        elif self._must_go(now):
+            self._regroup(now)
+        elif len(ready) >= machine.head.majority:
+            self._majority_at = self._majority_at if self._majority_at is not None else now
+            if self._closing_at is None:
+                if now - self._majority_at >= machine.config.grace_s:
+                    self._closing_at = now
+                    self._beat(now)
+            elif now - self._closing_at >= machine.config.close_s:
+                self._start(ready, now)
+
+    def _must_go(self, now: float) -> bool:
+        """Whether a member asked to leave or has been lost for good."""
+        machine, members = self._machine, self._machine.membership
+        return any(
+            members.leaving(peer) or members.gone_for(peer, now) >= machine.config.suspect_s
+            for peer in machine.head.peers
+        )
+
+    def _start(self, ready: set[str], now: float) -> None:
+        """Send everyone who is ready the plan of the exchange."""
+        machine = self._machine
+        seated = [member for member in machine.head.roster if member.peer_id in ready]
+        contributions = tuple(
+            Contribution(peer_id=m.peer_id, samples=self._readies[m.peer_id].samples)
+            for m in seated
+            if self._readies[m.peer_id].samples > 0
+        )
+        reducers = [member.peer_id for member in seated if member.can_reduce]
+        if not contributions or not reducers:
+            return
+        self._plan = Plan(
+            height=machine.head.height,
+            round=machine.head.round,
+            ballot=self._ballot,
+            previous=machine.head.digest,
+            receivers=tuple(member.peer_id for member in seated),
+            contributions=contributions,
+            slices=equal_slices(machine.layout.numel, reducers),
+            chunk_elements=machine.layout.chunk_elements,
+            codec=machine.config.codec,
+            exchange_s=machine.config.exchange_s,
+        )
+        self._plan_digest = wire.plan_digest(self._plan)
+        self._judge_at = now + machine.config.exchange_s + JUDGE_MARGIN_S
+        for peer in self._plan.receivers:
+            machine.send(peer, self._plan)
+
+    def _judge(self, plan: Plan, now: float) -> None:
+        """Propose what came out as soon as a majority holds it, or when no more can come."""
+        machine = self._machine
+        best = _largest(
+            {
+                peer: (report.vector_root, report.state_root)
+                for peer, report in self._reports.items()
+                if report.complete
+            }
+        )
+        pending = set(plan.receivers) & set(machine.membership.live()) - self._reports.keys()
+        late = not pending or now >= self._judge_at
+        if best is not None and (len(best[1]) >= machine.head.majority or late):
+            (vector_root, state_root), holders = best
+            self._propose_average(plan, vector_root, state_root, holders, now)
+        elif late:
+            self._regroup(now, without=self._accused(plan))
+
+    def _accused(self, plan: Plan) -> set[str]:
+        """Members that more than half of those who reported say broke off, and the silent."""
+        blame: dict[str, int] = defaultdict(int)
+        for report in self._reports.values():
+            for peer in report.lost:
+                blame[peer] += 1
+        silent = set(plan.receivers) - self._reports.keys()
+        return silent | {peer for peer, count in blame.items() if 2 * count > len(self._reports)}
+
+    def _count(self, proposal: Propose, now: float) -> None:
+        """Commit once a quorum has signed; try again under a new ballot if none ever does."""
+        machine = self._machine
+        quorum = self._quorum(self._accepts, now)
+        if quorum is not None:
+            certificate = Certificate(
+                outcome=proposal.outcome,
+                ballot=self._ballot,
+                provisional=quorum == "provisional",
+                signatures=tuple(self._accepts[peer] for peer in sorted(self._accepts)),
+            )
+            machine.commit(certificate, tuple(sorted(self._accepts)), now)
+        elif now - self._proposed_at > machine.config.exchange_s + machine.config.provisional_s:
+            # Those who hold the proposed bytes may have died before anyone else fetched them.
+            machine.lead_again(now)
+
+    # -- proposing ----------------------------------------------------------------------------
+
+    def _propose_average(
+        self,
+        plan: Plan,
+        vector_root: bytes,
+        state_root: bytes,
+        holders: tuple[str, ...],
+        now: float,
+    ) -> None:
+        head = self._machine.head
+        roster = self._machine.membership.next_roster(now)
+        self._propose(
+            Outcome(
+                height=head.height,
+                round=head.round + 1,
+                kind=Kind.AVERAGE,
+                previous=head.digest,
+                plan=wire.plan_digest(plan),
+                vector_root=vector_root,
+                state_root=state_root,
+                samples=head.samples + sum(c.samples for c in plan.contributions),
+                contributions=plan.contributions,
+                roster=roster or head.roster,
+            ),
+            holders,
+            now,
+        )
+
+    def _regroup(self, now: float, *, without: Iterable[str] = ()) -> None:
+        """Propose a roster for another attempt at the same round.
+
+        Joiners are admitted only while no work has begun: those who train share out the round's
+        blocks by the roster that it began with.
+        """
+        head = self._machine.head
+        roster: tuple[Member, ...] = self._machine.membership.next_roster(
+            now, without=without, admit=self._machine.gathering
+        )
+        self._propose(
+            Outcome(
+                height=head.height,
+                round=head.round,
+                kind=Kind.GATHER if self._machine.gathering else Kind.REGROUP,
+                previous=head.digest,
+                plan=NO_DIGEST,
+                vector_root=NO_DIGEST,
+                state_root=head.state_root,
+                samples=head.samples,
+                contributions=(),
+                roster=roster or head.roster,
+            ),
+            (),
+            now,
+        )
+
+    def _propose(self, outcome: Outcome, holders: tuple[str, ...], now: float) -> None:
+        self._proposal = Propose(
+            height=outcome.height, ballot=self._ballot, outcome=outcome, holders=holders
+        )
+        self._proposed_at = now
+        self._machine.send_roster(self._proposal)
+
+    def _holders_of(self, outcome: Outcome) -> tuple[str, ...]:
+        return tuple(
+            peer
+            for peer, promise in self._promises.items()
+            if promise.accepted == outcome
+            or (
+                promise.report is not None
+                and promise.report.complete
+                and promise.report.vector_root == outcome.vector_root
+            )
+        )
+
+    def _quorum(self, peers: Iterable[str], now: float) -> str | None:
+        """Whether these are enough: a majority, or all that is left after a long wait."""
+        machine = self._machine
+        present = set(peers)
+        if len(present) >= machine.head.majority:
+            return "majority"
+        gone = all(
+            machine.membership.gone_for(peer, now) >= machine.config.provisional_s
+            for peer in machine.head.peers
+            if peer not in present
+        )
+        return "provisional" if present and gone else None
+
+
+def _largest(votes: dict[str, K]) -> tuple[K, tuple[str, ...]] | None:
+    """The value most peers name, and those peers; ties go to the value named first."""
+    groups: dict[K, list[str]] = defaultdict(list)
+    for peer, value in votes.items():
+        groups[value].append(peer)
+    if not groups:
+        return None
+    value, peers = max(groups.items(), key=lambda group: len(group[1]))
+    return value, tuple(sorted(peers))

@@ -1,0 +1,740 @@
+"""One peer's part in agreeing on every round: a state machine without I/O.
+
+Messages, clock ticks and the results of local work go in; actions come out. The shell (`session`)
+and the simulator drive the same object.
+
+The swarm decides one *outcome* at each *height*: a round was averaged, or only the roster changed.
+Each height is a single-decree consensus among the roster that the height before decided. Ballots
+number the attempts; who leads ballot b of height h follows from a shuffled order of the roster,
+entered at h + b, so every round has another leader and nobody votes on who it is:
+
+    Ready        work is done                                  member -> leader
+    Plan         who averages what                             leader -> members
+    (butterfly)  the tensors, among the members
+    Report       the digests of what came out                  member -> leader
+    Propose      the outcome: digests, next roster             leader -> members
+    Accepted     a signature under it                          member -> leader
+    Commit       a majority's signatures: the certificate      leader -> all
+
+A member signs an average only once it holds its bytes and has computed the state that follows from
+them, so what is committed exists on a majority and everyone who commits it is bit-identical.
+A leader that falls silent is replaced by that of the next ballot, which first learns from a
+majority what may have been accepted (Prepare, Promise) and must propose that again.
+
+Guarantees, for peers that crash, stall or are cut off: no two outcomes are committed at one height
+by majorities; a void attempt changes nothing. If more than half of a roster is gone for
+`provisional_s`, the rest goes on with a provisional certificate; then two branches can exist, and
+the one with fewer samples gives way when they meet. Not guaranteed: anything against a member that
+lies about having been partitioned (docs/threat_model.md).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from blake3 import blake3
+
+from coordinator_free import certificates, wire
+from coordinator_free.certificates import Head, Signer, Verify
+from coordinator_free.leadership import BEAT_S, Leadership
+from coordinator_free.membership import Membership
+from coordinator_free.messages import (
+    NO_DIGEST,
+    Accepted,
+    AtBallot,
+    Certificate,
+    Commit,
+    Join,
+    Kind,
+    Lead,
+    Leave,
+    Member,
+    Message,
+    Outcome,
+    Plan,
+    Prepare,
+    Promise,
+    Propose,
+    Ready,
+    Refused,
+    Report,
+)
+
+BEHIND_S = 1.0  # how long a message from a later height may overtake the commit before it
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoundConfig:
+    """How the swarm runs its rounds; the same for all of its peers.
+
+    Attributes:
+        start_peers: the first round begins when so many are there.
+        rounds: the run ends after so many; 0 for no end.
+        codec: what tensors are encoded as (`codecs`).
+        grace_s: how long stragglers may hold the others once a majority is ready.
+        close_s: how long a straggler may take to hand in what it has when asked to.
+        exchange_s: deadline of one averaging.
+        suspect_s: silence after which a leader is replaced or a lost peer loses its seat.
+        provisional_s: how long more than half must be gone before the rest goes on without.
+    """
+
+    start_peers: int = 1
+    rounds: int = 0
+    codec: str = "int4"
+    grace_s: float = 10.0
+    close_s: float = 3.0
+    exchange_s: float = 60.0
+    suspect_s: float = 5.0
+    provisional_s: float = 10.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """What a plan needs to know about the vector: its length and how much of it is one chunk."""
+
+    numel: int
+    chunk_elements: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Send:
+    """Deliver a message; report success or failure of the delivery back."""
+
+    to: str
+    message: Message
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StartWork:
+    """Train for this round, as seat `seat` of `seats`; answer with `work_done`."""
+
+    round: int
+    seat: int
+    seats: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CloseWork:
+    """The others wait: hand in the work of this round as it is."""
+
+    round: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StartExchange:
+    """Average by this plan; answer with `exchange_done` or `exchange_failed`."""
+
+    plan: Plan
+    digest: bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fetch:
+    """Get the bytes of this outcome's average and compute its state; answer with `fetched`."""
+
+    outcome: Outcome
+    holders: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Apply:
+    """Decided: the state of this outcome, which is held, is now the state."""
+
+    certificate: Certificate
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CatchUp:
+    """This peer is at another height or branch: ask it what was decided."""
+
+    peer: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finished:
+    """The run's last round is committed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Left:
+    """The roster no longer names this peer, as it asked."""
+
+
+Action = Send | StartWork | CloseWork | StartExchange | Fetch | Apply | CatchUp | Finished | Left
+
+
+class Machine:
+    """One replica's protocol state.
+
+    Args:
+        me: this peer's seat as others should see it.
+        run_id: of the run.
+        layout: of the averaged vector.
+        config: of the run.
+        certificate: verified, newest; the state it names is held.
+        signer: signs acceptances as `me`.
+        check: verifies signatures of others.
+        now: seconds on the clock that all later calls use.
+    """
+
+    def __init__(
+        self,
+        *,
+        me: Member,
+        run_id: str,
+        layout: Layout,
+        config: RoundConfig,
+        certificate: Certificate,
+        signer: Signer,
+        check: Verify,
+        now: float,
+    ) -> None:
+        self.me = me
+        self.run_id = run_id
+        self.layout = layout
+        self.config = config
+        self._signer = signer
+        self.check = check
+        self._out: list[Action] = []
+        self._to_self: deque[Message] = deque()
+        self._leaving = False
+        self._rounds = config.rounds
+        self._worked: tuple[int, int] | None = None  # round, samples: done and not yet averaged
+        self._working: int | None = None  # round that the trainer is busy with
+        self.certificate = certificate
+        self.head = Head.after(certificate)
+        self.membership = Membership(me, self.head)
+        self._early: dict[tuple[str, type], Message] = {}
+        self._ahead: tuple[str, float] | None = None  # who sent something from a later height
+        self._repeat_at = now
+        self._enter(certificate, now)
+
+    # -- what goes in -------------------------------------------------------------------------
+
+    def start(self, now: float) -> list[Action]:
+        """The first actions after construction."""
+        return self._drain(now)
+
+    def receive(self, sender: str, message: Message, now: float) -> list[Action]:
+        """An authentic message from `sender`."""
+        self.membership.heard(sender)
+        self._handle(sender, message, now)
+        return self._drain(now)
+
+    def tick(self, now: float) -> list[Action]:
+        """Time passed; call it at least every few hundred milliseconds."""
+        if self.is_member:
+            self._suspect_leader(now)
+            if self._leadership is not None:
+                self._leadership.advance(now)
+        if now >= self._repeat_at:
+            self._repeat_at = now + BEAT_S
+            self._repeat()
+            self._data_arrived(now)
+        if self._ahead is not None and now - self._ahead[1] >= BEHIND_S:
+            self._out.append(CatchUp(peer=self._ahead[0]))
+            self._ahead = (self._ahead[0], now)
+        return self._drain(now)
+
+    def work_done(self, round: int, samples: int, now: float) -> list[Action]:
+        """The trainer handed in its work for a round."""
+        if round == self.head.round and self._working == round:
+            self._working = None
+            self._worked = (round, samples)
+            self._say_ready()
+        return self._drain(now)
+
+    def exchange_done(
+        self, plan: bytes, vector_root: bytes, state_root: bytes, lost: tuple[str, ...], now: float
+    ) -> list[Action]:
+        """The exchange of a plan ended here; the average is held and its state computed."""
+        if plan == self._plan_digest:
+            self._exchanging = False
+            self._held.add((vector_root, state_root))
+            self._report_on(plan, True, vector_root, state_root, lost)
+            self._data_arrived(now)
+        return self._drain(now)
+
+    def exchange_failed(self, plan: bytes, lost: tuple[str, ...], now: float) -> list[Action]:
+        """The exchange of a plan came to nothing here; `lost` peers broke off."""
+        if plan == self._plan_digest:
+            self._exchanging = False
+            self._report_on(plan, False, NO_DIGEST, NO_DIGEST, lost)
+            self._data_arrived(now)
+        return self._drain(now)
+
+    def fetched(self, outcome: Outcome, held: bool, now: float) -> list[Action]:
+        """A Fetch ended; `held` if its state matched the outcome's."""
+        if outcome.height == self.head.height:
+            self._fetching = False
+            if held:
+                self._held.add((outcome.vector_root, outcome.state_root))
+            self._data_arrived(now, retry=held)
+        return self._drain(now)
+
+    def delivered(self, peer: str) -> None:
+        """A message to this peer was confirmed."""
+        self.membership.heard(peer)
+
+    def undeliverable(self, peer: str, now: float) -> list[Action]:
+        """A message to this peer could not be delivered in time."""
+        self.membership.lost(peer, now)
+        if self.is_member:
+            self._suspect_leader(now)
+        return self._drain(now)
+
+    def leave(self, now: float) -> list[Action]:
+        """Ask for a roster without this peer; `Left` follows when there is one."""
+        if not self._leaving:
+            self._leaving = True
+            self.membership.leave(self.me.peer_id)
+            if not self.is_member or len(self.head.roster) == 1:
+                self._out.append(Left())
+            self._repeat_at = now
+        return self._drain(now)
+
+    def finish_after(self, round: int, now: float) -> list[Action]:
+        """End the run for this peer when this round is committed."""
+        self._rounds = round + 1
+        if self.finished:
+            self._out.append(Finished())
+        return self._drain(now)
+
+    def install(self, certificate: Certificate, now: float) -> list[Action]:
+        """Another, verified branch or a later height was downloaded whole: go on from there."""
+        if Head.after(certificate).rank > self.head.rank:
+            self._worked = self._working = None
+            self._enter(certificate, now)
+        return self._drain(now)
+
+    # -- what can be seen ---------------------------------------------------------------------
+
+    @property
+    def is_member(self) -> bool:
+        """Whether this session of this peer has a seat in the current roster."""
+        return self.me in self.head.roster
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run's last round is committed."""
+        return 0 < self._rounds <= self.head.round
+
+    @property
+    def all_finished(self) -> bool:
+        """Whether every live member has said that it needs nothing more."""
+        return all(
+            peer == self.me.peer_id or self.membership.leaving(peer)
+            for peer in self.membership.live()
+        )
+
+    @property
+    def gathering(self) -> bool:
+        """Whether the first round still waits for `start_peers`."""
+        return (
+            self.head.kind in (Kind.FOUND, Kind.GATHER)
+            and len(self.head.roster) < self.config.start_peers
+        )
+
+    @property
+    def leader(self) -> str:
+        """Who leads the current ballot."""
+        return self._leader_of(self.ballot)
+
+    @property
+    def phase(self) -> str:
+        """One word for people."""
+        if self.finished:
+            return "finished"
+        if not self.is_member:
+            return "joining"
+        if self.gathering:
+            return "gathering"
+        if self._exchanging:
+            return "averaging"
+        if self._accepted is not None or self._report is not None:
+            return "agreeing"
+        return "training" if self._working is not None else "waiting"
+
+    # -- heights and ballots ------------------------------------------------------------------
+
+    def _enter(self, certificate: Certificate, now: float) -> None:
+        self.certificate = certificate
+        self.head = Head.after(certificate)
+        self.membership.enter(self.head)
+        eligible = [m.peer_id for m in self.head.roster if m.can_reduce] or self.head.peers
+        # One shuffled order for the run, entered one further at each height: a hash of the height
+        # as well would give one peer in n two turns in a row.
+        seed = b"shoal order v1\0" + self.run_id.encode() + b"\0"
+        order = sorted(eligible, key=lambda peer: blake3(seed + peer.encode()).digest())
+        first = self.head.height % len(order)
+        self._order = order[first:] + order[:first]
+        self._promised = 0
+        self._accepted: tuple[int, Outcome] | None = None
+        self._plan: Plan | None = None
+        self._plan_digest = NO_DIGEST
+        self._exchanging = False
+        self._report: Report | None = None
+        self._held: set[tuple[bytes, bytes]] = set()
+        self._proposal: Propose | None = None
+        self._decided: Commit | None = None
+        self._fetching = False
+        self._closed = False
+        self._ahead = None
+        self._repeat_at = now
+        if self.finished:
+            self._out.append(Finished())
+        elif self._leaving and not self.is_member:
+            self._out.append(Left())
+        elif self.is_member:
+            self._begin_work()
+        self._to_ballot(0, now)
+        early, self._early = self._early, {}
+        for (sender, _), message in early.items():
+            self._handle(sender, message, now)
+
+    def _begin_work(self) -> None:
+        """Train for the round of this height, unless that is done or under way already.
+
+        A height that only changed the roster in the middle of a round leaves the work as it is:
+        its blocks were dealt out by the roster that the round began with.
+        """
+        round = self.head.round
+        if self.gathering or self._leaving:
+            return
+        if self._worked is None or self._worked[0] != round:
+            self._worked = None
+            if self._working != round:
+                self._working = round
+                seat = self.head.peers.index(self.me.peer_id)
+                self._out.append(StartWork(round=round, seat=seat, seats=len(self.head.roster)))
+
+    def _leader_of(self, ballot: int) -> str:
+        return self._order[ballot % len(self._order)]
+
+    def _to_ballot(self, ballot: int, now: float) -> None:
+        self.ballot = ballot
+        self._leader_heard = now
+        self._leadership: Leadership | None = None
+        if self.is_member and not self.finished and self.leader == self.me.peer_id:
+            self._leadership = Leadership(self, ballot, now)
+        self._say_ready()
+        if self._report is not None:
+            self._send_report(self._report)
+
+    def _suspect_leader(self, now: float) -> None:
+        while self.leader != self.me.peer_id and not self.finished:
+            silent = now - self._leader_heard > self.config.suspect_s
+            if not silent and not self.membership.is_down(self.leader):
+                return
+            self._to_ballot(self.ballot + 1, now)
+
+    # -- messages -----------------------------------------------------------------------------
+
+    def _handle(self, sender: str, message: Message, now: float) -> None:
+        match message:
+            case Join():
+                self._on_join(sender, message, now)
+            case Leave():
+                self.membership.leave(sender)
+            case Commit():
+                self._on_commit(sender, message, now)
+            case Plan() | AtBallot():
+                if message.height < self.head.height:
+                    if sender == self.me.peer_id:
+                        return
+                    self._send_newest(sender)
+                elif message.height > self.head.height:
+                    self._on_future(sender, message, now)
+                elif sender in self.head.peers and self.is_member and not self.finished:
+                    self._on_ballot_message(sender, message, now)
+            case _:
+                pass  # Hello and Heads are between the shells
+
+    def _send_newest(self, to: str) -> None:
+        self.send(to, Commit(certificate=self.certificate, holders=(self.me.peer_id,)))
+
+    def _on_future(self, sender: str, message: Message, now: float) -> None:
+        # The commit of our height may be on its way still: messages of different peers overtake
+        # each other. Kept, one of a kind and sender, until it arrives or the catch-up does.
+        if self._ahead is None:
+            self._ahead = (sender, now)
+        known = sender in self.head.peers or self.membership.member(sender) is not None
+        if known and len(self._early) < 4 * len(self.head.roster) + 16:
+            self._early[(sender, type(message))] = message
+
+    def _on_join(self, sender: str, join: Join, now: float) -> None:
+        if join.member.peer_id != sender:
+            return
+        if join.member not in self.head.roster:
+            self.membership.join(join, now)
+        if join.height < self.head.height:
+            self._send_newest(sender)
+
+    def _on_ballot_message(self, sender: str, message: AtBallot | Plan, now: float) -> None:
+        from_leader = sender == self._leader_of(message.ballot)
+        for_me = self._leader_of(message.ballot) == self.me.peer_id
+        if message.ballot > self.ballot + 4 * len(self._order):
+            return  # nobody gets so far by taking turns
+        match message:
+            case Lead() | Prepare() | Plan() | Propose() if not from_leader:
+                return
+            case Lead() | Prepare() | Plan() | Propose():
+                # After taking part in a later ballot, an earlier leader's turn is over.
+                if message.ballot < max(self._promised, self.ballot):
+                    promised = max(self._promised, self.ballot)
+                    self.send(
+                        sender,
+                        Refused(height=message.height, ballot=message.ballot, promised=promised),
+                    )
+                    return
+                if message.ballot > self.ballot:
+                    self._to_ballot(message.ballot, now)
+                self._leader_heard = now
+            case Refused() if for_me:
+                if self._leadership is not None and message.promised > self.ballot:
+                    self._to_ballot(message.promised, now)
+                return
+            case _ if for_me and message.ballot > self.ballot:
+                # Somebody gave up on those before me.
+                self._to_ballot(message.ballot, now)
+        match message:
+            case Lead(closing=True) if self._working is not None and not self._closed:
+                self._closed = True
+                self._out.append(CloseWork(round=self.head.round))
+            case Prepare():
+                self._on_prepare(sender, message)
+            case Plan():
+                self._on_plan(message)
+            case Propose():
+                self._proposal = message
+                self._data_arrived(now)
+            case Ready() | Promise() | Report() | Accepted():
+                leadership = self._leadership
+                if leadership is not None and message.ballot == self.ballot:
+                    leadership.receive(sender, message, now)
+
+    def _on_prepare(self, sender: str, message: Prepare) -> None:
+        self._promised = message.ballot
+        ballot, outcome = self._accepted if self._accepted is not None else (None, None)
+        self.send(
+            sender,
+            Promise(
+                height=message.height,
+                ballot=message.ballot,
+                accepted_ballot=ballot,
+                accepted=outcome,
+                plan=self._plan if self._report is not None else None,
+                report=self._report,
+            ),
+        )
+
+    def _on_plan(self, plan: Plan) -> None:
+        digest = wire.plan_digest(plan)
+        if digest == self._plan_digest:
+            return
+        mine = next((c for c in plan.contributions if c.peer_id == self.me.peer_id), None)
+        worked = self._worked[1] if self._worked is not None else 0
+        if (
+            plan.previous != self.head.digest
+            or plan.round != self.head.round
+            or plan.numel != self.layout.numel
+            or plan.codec != self.config.codec
+            or not set(plan.receivers) <= set(self.head.peers)
+            or self.me.peer_id not in plan.receivers
+            or (mine is not None and mine.samples != worked)
+        ):
+            return
+        self._plan, self._plan_digest = plan, digest
+        self._report = None
+        self._exchanging = True
+        self._out.append(StartExchange(plan=plan, digest=digest))
+
+    # -- accepting and committing -------------------------------------------------------------
+
+    def _data_arrived(self, now: float, *, retry: bool = True) -> None:
+        """Accept what is proposed and commit what is decided, as far as the bytes are here."""
+        if self._proposal is not None and self.plausible(self._proposal.outcome):
+            proposal = self._proposal
+            if self._holds(proposal.outcome):
+                self._proposal = None
+                self._accept(proposal)
+            elif retry:
+                self._obtain(proposal.outcome, proposal.holders)
+        if self._decided is not None:
+            outcome = self._decided.certificate.outcome
+            if self._holds(outcome):
+                self._commit(self._decided.certificate, now)
+            elif retry:
+                self._obtain(outcome, self._decided.holders)
+
+    def plausible(self, outcome: Outcome) -> bool:
+        """Whether this outcome could follow on the current head."""
+        head = self.head
+        if outcome.height != head.height or outcome.previous != head.digest:
+            return False
+        if outcome.kind == (Kind.GATHER if self.gathering else Kind.REGROUP):
+            return (outcome.round, outcome.state_root, outcome.samples) == (
+                head.round,
+                head.state_root,
+                head.samples,
+            )
+        fresh = sum(contribution.samples for contribution in outcome.contributions)
+        return (
+            outcome.kind == Kind.AVERAGE
+            and outcome.round == head.round + 1
+            and outcome.samples == head.samples + fresh
+        )
+
+    def _holds(self, outcome: Outcome) -> bool:
+        if outcome.kind != Kind.AVERAGE:
+            return True
+        return (outcome.vector_root, outcome.state_root) in self._held
+
+    def _obtain(self, outcome: Outcome, holders: tuple[str, ...]) -> None:
+        if self._fetching or (self._exchanging and outcome.plan == self._plan_digest):
+            return
+        self._fetching = True
+        others = tuple(peer for peer in holders if peer != self.me.peer_id)
+        self._out.append(Fetch(outcome=outcome, holders=others or self._holders()))
+
+    def _holders(self) -> tuple[str, ...]:
+        return tuple(peer for peer in self.membership.live() if peer != self.me.peer_id)
+
+    def _accept(self, proposal: Propose) -> None:
+        if proposal.ballot < self._promised:
+            return
+        self._promised = proposal.ballot
+        self._accepted = (proposal.ballot, proposal.outcome)
+        text = certificates.signed_text(self.run_id, proposal.ballot, proposal.outcome)
+        self.send(
+            self._leader_of(proposal.ballot),
+            Accepted(
+                height=proposal.height,
+                ballot=proposal.ballot,
+                outcome=wire.outcome_digest(proposal.outcome),
+                signature=self._signer.sign(certificates.ACCEPT_DOMAIN, text),
+            ),
+        )
+
+    def _on_commit(self, sender: str, commit: Commit, now: float) -> None:
+        outcome = commit.certificate.outcome
+        if outcome.height < self.head.height:
+            return
+        if outcome.height > self.head.height or outcome.previous != self.head.digest:
+            self._ahead = self._ahead or (sender, now)
+        elif self._supersedes(commit.certificate) and self.verifies(commit.certificate):
+            self._decided = commit
+            self._data_arrived(now)
+
+    def _supersedes(self, certificate: Certificate) -> bool:
+        """Whether to go by this certificate, or this news of who holds its average.
+
+        Those who held the average of an earlier one may be gone before it was fetched from them; a
+        majority's word is never given up for a provisional one.
+        """
+        current = self._decided
+        return current is None or current.certificate.provisional or not certificate.provisional
+
+    def verifies(self, certificate: Certificate) -> bool:
+        """Whether the current roster decided this about the current height."""
+        return self.plausible(certificate.outcome) and certificates.verify(
+            certificate, self.run_id, self.head.peers, self.check
+        )
+
+    def commit(self, certificate: Certificate, holders: tuple[str, ...], now: float) -> None:
+        """The leadership has its majority: tell everyone concerned, then commit."""
+        message = Commit(certificate=certificate, holders=holders)
+        concerned = {*self.head.peers, *(m.peer_id for m in certificate.outcome.roster)}
+        for peer in sorted(concerned - {self.me.peer_id}):
+            self.send(peer, message)
+        self._decided = message
+        self._leadership = None
+        self._data_arrived(now)
+
+    def lead_again(self, now: float) -> None:
+        """The proposal of this turn found no quorum: take the next ballot that is this peer's."""
+        self._to_ballot(self.ballot + len(self._order), now)
+
+    def _commit(self, certificate: Certificate, now: float) -> None:
+        self._out.append(Apply(certificate=certificate))
+        if certificate.outcome.kind == Kind.AVERAGE:
+            self._worked = self._working = None
+        self._enter(certificate, now)
+
+    # -- sending ------------------------------------------------------------------------------
+
+    def send_roster(self, message: Message) -> None:
+        """To every member, this one included."""
+        for peer in self.head.peers:
+            self.send(peer, message)
+
+    def send(self, to: str, message: Message) -> None:
+        """To one peer, which may be this one."""
+        if to == self.me.peer_id:
+            self._to_self.append(message)
+        else:
+            self._out.append(Send(to=to, message=message))
+
+    def _say_ready(self) -> None:
+        if self.is_member and not self.finished and self._worked is not None:
+            self.send(
+                self.leader,
+                Ready(
+                    height=self.head.height,
+                    ballot=self.ballot,
+                    head=self.head.digest,
+                    samples=self._worked[1],
+                ),
+            )
+
+    def _report_on(
+        self, plan: bytes, complete: bool, vector: bytes, state: bytes, lost: tuple[str, ...]
+    ) -> None:
+        self._report = Report(
+            height=self.head.height,
+            ballot=self.ballot,
+            plan=plan,
+            complete=complete,
+            vector_root=vector,
+            state_root=state,
+            lost=lost,
+        )
+        self._send_report(self._report)
+
+    def _send_report(self, report: Report) -> None:
+        self.send(
+            self.leader,
+            Report(
+                height=report.height,
+                ballot=self.ballot,
+                plan=report.plan,
+                complete=report.complete,
+                vector_root=report.vector_root,
+                state_root=report.state_root,
+                lost=report.lost,
+            ),
+        )
+
+    def _repeat(self) -> None:
+        """Say again what others may have missed; every message here can arrive twice."""
+        height = self.head.height
+        if not self.is_member:
+            if not self._leaving:
+                self.send_roster(Join(member=self.me, height=height))
+            return
+        if self._leaving or self.finished:
+            self.send_roster(Leave(height=height))
+        if self._accepted is not None and self._proposal is None:
+            ballot, outcome = self._accepted
+            self._accept(Propose(height=height, ballot=ballot, outcome=outcome, holders=()))
+        if self._report is not None:
+            self._send_report(self._report)
+        elif not self._exchanging:
+            self._say_ready()
+
+    def _drain(self, now: float) -> list[Action]:
+        while self._to_self:
+            self._handle(self.me.peer_id, self._to_self.popleft(), now)
+        out, self._out = self._out, []
+        return out

@@ -1,0 +1,125 @@
+"""Who is there, as one peer sees it: the live, the lost, those who ask to come and to go.
+
+Only hints: nothing here decides anything by itself. The leader proposes the next roster from it,
+and a majority has to accept that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from coordinator_free.certificates import Head
+from coordinator_free.messages import MAX_MEMBERS, Join, Member
+
+JOIN_FRESH_S = 5.0  # joiners repeat their request every second
+JOIN_BEHIND = 3  # heights that a joiner may lag: averages kept by others let it catch up quickly
+
+
+class Membership:
+    """Liveness and requests, by peer id. Times are the caller's clock, in seconds."""
+
+    def __init__(self, me: Member, head: Head) -> None:
+        self._me = me
+        self._joins: dict[str, tuple[Join, float]] = {}
+        self._leavers: set[str] = set()
+        self._down: dict[str, float] = {}
+        self._book: dict[str, Member] = {}
+        self.head = head
+        self.enter(head)
+
+    def enter(self, head: Head) -> None:
+        """A height was decided: those who got in or out are no longer pending."""
+        self.head = head
+        self._book.update({member.peer_id: member for member in head.roster})
+        seated = {member.peer_id: member.session for member in head.roster}
+        self._joins = {
+            peer: (join, heard)
+            for peer, (join, heard) in self._joins.items()
+            if seated.get(peer) != join.member.session
+        }
+        self._leavers &= set(seated)
+        self._down = {peer: since for peer, since in self._down.items() if peer in seated}
+        keep = seated.keys() | self._joins.keys()
+        while len(self._book) > MAX_MEMBERS:
+            del self._book[next(peer for peer in self._book if peer not in keep)]
+
+    def member(self, peer_id: str) -> Member | None:
+        """The last known seat and address of a peer, also of one that has just left."""
+        return self._book.get(peer_id)
+
+    def heard(self, peer_id: str) -> None:
+        """Something authentic arrived from this peer, or it confirmed one of our messages."""
+        self._down.pop(peer_id, None)
+
+    def lost(self, peer_id: str, now: float) -> None:
+        """A message to this peer could not be delivered."""
+        if peer_id != self._me.peer_id and peer_id in self.head.peers:
+            self._down.setdefault(peer_id, now)
+
+    def join(self, join: Join, now: float) -> None:
+        """A peer that holds the state before some height asks for a seat."""
+        peer = join.member.peer_id
+        if peer not in self._joins and len(self._joins) >= MAX_MEMBERS:
+            return
+        self._joins[peer] = (join, now)
+        self._book[peer] = join.member
+
+    def leave(self, peer_id: str) -> None:
+        """A member asks to be left out of the next roster."""
+        if peer_id in self.head.peers:
+            self._leavers.add(peer_id)
+
+    def is_down(self, peer_id: str) -> bool:
+        """Whether the last message to this peer failed."""
+        return peer_id in self._down
+
+    def gone_for(self, peer_id: str, now: float) -> float:
+        """Seconds since the first of an unbroken row of failures.
+
+        0 for a live peer, infinite for one that has come back as a new session.
+        """
+        return math.inf if self.restarted(peer_id) else now - self._down.get(peer_id, now)
+
+    def leaving(self, peer_id: str) -> bool:
+        """Whether this member asked to go."""
+        return peer_id in self._leavers
+
+    def restarted(self, peer_id: str) -> bool:
+        """Whether a new session of this member is asking for a seat: the old one is dead."""
+        join = self._joins.get(peer_id)
+        seat = next((m for m in self.head.roster if m.peer_id == peer_id), None)
+        return join is not None and seat is not None and join[0].member.session != seat.session
+
+    def live(self) -> tuple[str, ...]:
+        """Members of the roster that nothing speaks against."""
+        return tuple(
+            peer for peer in self.head.peers if peer not in self._down and not self.restarted(peer)
+        )
+
+    def joiners(self, now: float) -> tuple[Member, ...]:
+        """Those who asked for a seat a moment ago and hold a recent state."""
+        return tuple(
+            join.member
+            for join, heard in self._joins.values()
+            if 0 <= self.head.height - join.height <= JOIN_BEHIND and now - heard <= JOIN_FRESH_S
+        )
+
+    def next_roster(
+        self, now: float, *, without: Iterable[str] = (), admit: bool = True
+    ) -> tuple[Member, ...]:
+        """The roster a leader would propose: the live, less the leaving, plus the joining.
+
+        Args:
+            now: the current time.
+            without: peers to leave out for another reason.
+            admit: whether joiners get a seat now.
+        """
+        out = set(without) | self._leavers
+        live = set(self.live())
+        roster = {m.peer_id: m for m in self.head.roster if m.peer_id in live - out}
+        if admit:
+            for member in self.joiners(now):
+                if len(roster) < MAX_MEMBERS:
+                    roster[member.peer_id] = member
+        return tuple(roster[peer] for peer in sorted(roster))

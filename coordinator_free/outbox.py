@@ -1,0 +1,85 @@
+"""Messages on their way out: one ordered queue for each peer, and a verdict on every delivery.
+
+A slow or dead peer holds up nobody but itself. Nothing here is reliable: the machine says again
+what matters, so a queue that is full or whose peer is gone is emptied.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from coordinator_free import wire
+from coordinator_free.contact import Contact
+from coordinator_free.messages import Message
+from coordinator_free.transport import Client
+from dht.errors import PeerError
+
+logger = logging.getLogger(__name__)
+
+QUEUED = 64  # messages for one peer
+IDLE_S = 60.0  # after which a peer's queue is taken down
+
+
+class Outbox:
+    """Delivers messages in order, peer by peer.
+
+    Args:
+        client: carries them.
+        tasks: owns one task for each peer that there is something for.
+        deliver_s: deadline of one delivery.
+        on_delivered: called with the peer after each success.
+        on_failed: called with the peer after each failure.
+    """
+
+    def __init__(
+        self,
+        *,
+        client: Client,
+        tasks: asyncio.TaskGroup,
+        deliver_s: float,
+        on_delivered: Callable[[str], None],
+        on_failed: Callable[[str], None],
+    ) -> None:
+        self._client = client
+        self._tasks = tasks
+        self._deliver_s = deliver_s
+        self._on_delivered = on_delivered
+        self._on_failed = on_failed
+        self._queues: dict[str, asyncio.Queue[tuple[Contact, Message]]] = {}
+
+    def send(self, contact: Contact, message: Message) -> None:
+        """Put a message into its peer's queue; the oldest one gives way when it is full."""
+        queue = self._queues.get(contact.peer_id)
+        if queue is None:
+            queue = self._queues[contact.peer_id] = asyncio.Queue(QUEUED)
+            self._tasks.create_task(self._deliver_all(contact.peer_id, queue))
+        if queue.full():
+            queue.get_nowait()
+            queue.task_done()
+        queue.put_nowait((contact, message))
+
+    async def flush(self) -> None:
+        """Wait until everything was delivered or given up."""
+        await asyncio.gather(*(queue.join() for queue in self._queues.values()))
+
+    async def _deliver_all(self, peer: str, queue: asyncio.Queue[tuple[Contact, Message]]) -> None:
+        try:
+            while True:
+                async with asyncio.timeout(IDLE_S):
+                    contact, message = await queue.get()
+                try:
+                    await self._client.deliver(contact, wire.encode(message), self._deliver_s)
+                except PeerError as error:
+                    logger.debug("outbox.failed %s: %s", type(message).__name__, error)
+                    while not queue.empty():
+                        queue.get_nowait()
+                        queue.task_done()
+                    self._on_failed(peer)
+                else:
+                    self._on_delivered(peer)
+                queue.task_done()
+        except TimeoutError:
+            # No await between the verdict that it is idle and its removal.
+            del self._queues[peer]

@@ -1,0 +1,323 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FOUND: _ClassVar[Kind]
+    AVERAGE: _ClassVar[Kind]
+    REGROUP: _ClassVar[Kind]
+    GATHER: _ClassVar[Kind]
+FOUND: Kind
+AVERAGE: Kind
+REGROUP: Kind
+GATHER: Kind
+
+class Member(_message.Message):
+    __slots__ = ("peer_id", "session", "hosts", "port", "certificate_sha256", "can_reduce")
+    PEER_ID_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    HOSTS_FIELD_NUMBER: _ClassVar[int]
+    PORT_FIELD_NUMBER: _ClassVar[int]
+    CERTIFICATE_SHA256_FIELD_NUMBER: _ClassVar[int]
+    CAN_REDUCE_FIELD_NUMBER: _ClassVar[int]
+    peer_id: str
+    session: int
+    hosts: _containers.RepeatedScalarFieldContainer[str]
+    port: int
+    certificate_sha256: bytes
+    can_reduce: bool
+    def __init__(self, peer_id: _Optional[str] = ..., session: _Optional[int] = ..., hosts: _Optional[_Iterable[str]] = ..., port: _Optional[int] = ..., certificate_sha256: _Optional[bytes] = ..., can_reduce: _Optional[bool] = ...) -> None: ...
+
+class Contribution(_message.Message):
+    __slots__ = ("peer_id", "samples")
+    PEER_ID_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    peer_id: str
+    samples: int
+    def __init__(self, peer_id: _Optional[str] = ..., samples: _Optional[int] = ...) -> None: ...
+
+class Slice(_message.Message):
+    __slots__ = ("reducer", "start", "stop")
+    REDUCER_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    reducer: str
+    start: int
+    stop: int
+    def __init__(self, reducer: _Optional[str] = ..., start: _Optional[int] = ..., stop: _Optional[int] = ...) -> None: ...
+
+class Plan(_message.Message):
+    __slots__ = ("height", "round", "ballot", "previous", "receivers", "contributions", "slices", "chunk_elements", "codec", "exchange_s")
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    BALLOT_FIELD_NUMBER: _ClassVar[int]
+    PREVIOUS_FIELD_NUMBER: _ClassVar[int]
+    RECEIVERS_FIELD_NUMBER: _ClassVar[int]
+    CONTRIBUTIONS_FIELD_NUMBER: _ClassVar[int]
+    SLICES_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_ELEMENTS_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    EXCHANGE_S_FIELD_NUMBER: _ClassVar[int]
+    height: int
+    round: int
+    ballot: int
+    previous: bytes
+    receivers: _containers.RepeatedScalarFieldContainer[str]
+    contributions: _containers.RepeatedCompositeFieldContainer[Contribution]
+    slices: _containers.RepeatedCompositeFieldContainer[Slice]
+    chunk_elements: int
+    codec: str
+    exchange_s: float
+    def __init__(self, height: _Optional[int] = ..., round: _Optional[int] = ..., ballot: _Optional[int] = ..., previous: _Optional[bytes] = ..., receivers: _Optional[_Iterable[str]] = ..., contributions: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ..., slices: _Optional[_Iterable[_Union[Slice, _Mapping]]] = ..., chunk_elements: _Optional[int] = ..., codec: _Optional[str] = ..., exchange_s: _Optional[float] = ...) -> None: ...
+
+class Outcome(_message.Message):
+    __slots__ = ("height", "round", "kind", "previous", "plan", "vector_root", "state_root", "samples", "contributions", "roster")
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    PREVIOUS_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    VECTOR_ROOT_FIELD_NUMBER: _ClassVar[int]
+    STATE_ROOT_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    CONTRIBUTIONS_FIELD_NUMBER: _ClassVar[int]
+    ROSTER_FIELD_NUMBER: _ClassVar[int]
+    height: int
+    round: int
+    kind: Kind
+    previous: bytes
+    plan: bytes
+    vector_root: bytes
+    state_root: bytes
+    samples: int
+    contributions: _containers.RepeatedCompositeFieldContainer[Contribution]
+    roster: _containers.RepeatedCompositeFieldContainer[Member]
+    def __init__(self, height: _Optional[int] = ..., round: _Optional[int] = ..., kind: _Optional[_Union[Kind, str]] = ..., previous: _Optional[bytes] = ..., plan: _Optional[bytes] = ..., vector_root: _Optional[bytes] = ..., state_root: _Optional[bytes] = ..., samples: _Optional[int] = ..., contributions: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ..., roster: _Optional[_Iterable[_Union[Member, _Mapping]]] = ...) -> None: ...
+
+class Signature(_message.Message):
+    __slots__ = ("peer_id", "signature")
+    PEER_ID_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    peer_id: str
+    signature: bytes
+    def __init__(self, peer_id: _Optional[str] = ..., signature: _Optional[bytes] = ...) -> None: ...
+
+class Certificate(_message.Message):
+    __slots__ = ("outcome", "ballot", "provisional", "signatures")
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    BALLOT_FIELD_NUMBER: _ClassVar[int]
+    PROVISIONAL_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURES_FIELD_NUMBER: _ClassVar[int]
+    outcome: Outcome
+    ballot: int
+    provisional: bool
+    signatures: _containers.RepeatedCompositeFieldContainer[Signature]
+    def __init__(self, outcome: _Optional[_Union[Outcome, _Mapping]] = ..., ballot: _Optional[int] = ..., provisional: _Optional[bool] = ..., signatures: _Optional[_Iterable[_Union[Signature, _Mapping]]] = ...) -> None: ...
+
+class Lead(_message.Message):
+    __slots__ = ("height", "ballot", "closing")
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    BALLOT_FIELD_NUMBER: _ClassVar[int]
+    CLOSING_FIELD_NUMBER: _ClassVar[int]
+    height: int
+    ballot: int
+    closing: bool
+    def __init__(self, height: _Optional[int] = ..., ballot: _Optional[int] = ..., closing: _Optional[bool] = ...) -> None: ...
+
+class Ready(_message.Message):
+    __slots__ = ("height", "ballot", "head", "samples")
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    BALLOT_FIELD_NUMBER: _ClassVar[int]
+    HEAD_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    height: int
+    ballot: int
+    head: bytes
+    samples: int
+    def __init__(self, height: _Optional[int] = ..., ballot: _Optional[int] = ..., head: _Optional[bytes] = ..., samples: _Optional[int] = ...) -> None: ...
+
+class Prepare(_message.Message):
+    __slots__ = ("height", "ballot")
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    BALLOT_FIELD_NUMBER: _ClassVar[int]
+    height: int
+    ballot: int
+    def __init__(self, height: _Optional[int] = ..., ballot: _Optional[int] = ...) -> None: ...
+
+class Promise(_message.Message):
+    __slots__ = ("height", "ballot", "accepted_ballot", "accepted", "plan", "report")
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    BALLOT_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_BALLOT_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    REPORT_FIELD_NUMBER: _ClassVar[int]
+    height: int
+    ballot: int
+    accepted_ballot: int
+    accepted: Outcome
+    plan: Plan
+    report: Report
+    def __init__(self, height: _Optional[int] = ..., ballot: _Optional[int] = ..., accepted_ballot: _Optional[int] = ..., accepted: _Optional[_Union[Outcome, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., report: _Optional[_Union[Report, _Mapping]] = ...) -> None: ...
+
+class Report(_message.Message):
+    __slots__ = ("height", "ballot", "plan", "complete", "vector_root", "state_root", "lost")
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    BALLOT_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    COMPLETE_FIELD_NUMBER: _ClassVar[int]
+    VECTOR_ROOT_FIELD_NUMBER: _ClassVar[int]
+    STATE_ROOT_FIELD_NUMBER: _ClassVar[int]
+    LOST_FIELD_NUMBER: _ClassVar[int]
+    height: int
+    ballot: int
+    plan: bytes
+    complete: bool
+    vector_root: bytes
+    state_root: bytes
+    lost: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, height: _Optional[int] = ..., ballot: _Optional[int] = ..., plan: _Optional[bytes] = ..., complete: _Optional[bool] = ..., vector_root: _Optional[bytes] = ..., state_root: _Optional[bytes] = ..., lost: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Propose(_message.Message):
+    __slots__ = ("height", "ballot", "outcome", "holders")
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    BALLOT_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    HOLDERS_FIELD_NUMBER: _ClassVar[int]
+    height: int
+    ballot: int
+    outcome: Outcome
+    holders: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, height: _Optional[int] = ..., ballot: _Optional[int] = ..., outcome: _Optional[_Union[Outcome, _Mapping]] = ..., holders: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Accepted(_message.Message):
+    __slots__ = ("height", "ballot", "outcome", "signature")
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    BALLOT_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    height: int
+    ballot: int
+    outcome: bytes
+    signature: bytes
+    def __init__(self, height: _Optional[int] = ..., ballot: _Optional[int] = ..., outcome: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
+
+class Refused(_message.Message):
+    __slots__ = ("height", "ballot", "promised")
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    BALLOT_FIELD_NUMBER: _ClassVar[int]
+    PROMISED_FIELD_NUMBER: _ClassVar[int]
+    height: int
+    ballot: int
+    promised: int
+    def __init__(self, height: _Optional[int] = ..., ballot: _Optional[int] = ..., promised: _Optional[int] = ...) -> None: ...
+
+class Commit(_message.Message):
+    __slots__ = ("certificate", "holders")
+    CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
+    HOLDERS_FIELD_NUMBER: _ClassVar[int]
+    certificate: Certificate
+    holders: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, certificate: _Optional[_Union[Certificate, _Mapping]] = ..., holders: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Join(_message.Message):
+    __slots__ = ("member", "height")
+    MEMBER_FIELD_NUMBER: _ClassVar[int]
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    member: Member
+    height: int
+    def __init__(self, member: _Optional[_Union[Member, _Mapping]] = ..., height: _Optional[int] = ...) -> None: ...
+
+class Leave(_message.Message):
+    __slots__ = ("height",)
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    height: int
+    def __init__(self, height: _Optional[int] = ...) -> None: ...
+
+class Hello(_message.Message):
+    __slots__ = ("height",)
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    height: int
+    def __init__(self, height: _Optional[int] = ...) -> None: ...
+
+class Heads(_message.Message):
+    __slots__ = ("certificates",)
+    CERTIFICATES_FIELD_NUMBER: _ClassVar[int]
+    certificates: _containers.RepeatedCompositeFieldContainer[Certificate]
+    def __init__(self, certificates: _Optional[_Iterable[_Union[Certificate, _Mapping]]] = ...) -> None: ...
+
+class Envelope(_message.Message):
+    __slots__ = ("lead", "ready", "prepare", "promise", "plan", "report", "propose", "accepted", "refused", "commit", "join", "leave", "hello", "heads")
+    LEAD_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    PREPARE_FIELD_NUMBER: _ClassVar[int]
+    PROMISE_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    REPORT_FIELD_NUMBER: _ClassVar[int]
+    PROPOSE_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_FIELD_NUMBER: _ClassVar[int]
+    JOIN_FIELD_NUMBER: _ClassVar[int]
+    LEAVE_FIELD_NUMBER: _ClassVar[int]
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    HEADS_FIELD_NUMBER: _ClassVar[int]
+    lead: Lead
+    ready: Ready
+    prepare: Prepare
+    promise: Promise
+    plan: Plan
+    report: Report
+    propose: Propose
+    accepted: Accepted
+    refused: Refused
+    commit: Commit
+    join: Join
+    leave: Leave
+    hello: Hello
+    heads: Heads
+    def __init__(self, lead: _Optional[_Union[Lead, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., prepare: _Optional[_Union[Prepare, _Mapping]] = ..., promise: _Optional[_Union[Promise, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., report: _Optional[_Union[Report, _Mapping]] = ..., propose: _Optional[_Union[Propose, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., join: _Optional[_Union[Join, _Mapping]] = ..., leave: _Optional[_Union[Leave, _Mapping]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., heads: _Optional[_Union[Heads, _Mapping]] = ...) -> None: ...
+
+class FetchState(_message.Message):
+    __slots__ = ("state_root",)
+    STATE_ROOT_FIELD_NUMBER: _ClassVar[int]
+    state_root: bytes
+    def __init__(self, state_root: _Optional[bytes] = ...) -> None: ...
+
+class FetchOutcome(_message.Message):
+    __slots__ = ("vector_root",)
+    VECTOR_ROOT_FIELD_NUMBER: _ClassVar[int]
+    vector_root: bytes
+    def __init__(self, vector_root: _Optional[bytes] = ...) -> None: ...
+
+class FetchRequest(_message.Message):
+    __slots__ = ("state", "outcome")
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    state: FetchState
+    outcome: FetchOutcome
+    def __init__(self, state: _Optional[_Union[FetchState, _Mapping]] = ..., outcome: _Optional[_Union[FetchOutcome, _Mapping]] = ...) -> None: ...
+
+class FrameHeader(_message.Message):
+    __slots__ = ("plan", "slice", "chunk", "contributors", "codec", "elements", "part")
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    SLICE_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    CONTRIBUTORS_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    ELEMENTS_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
+    plan: bytes
+    slice: int
+    chunk: int
+    contributors: bytes
+    codec: str
+    elements: int
+    part: int
+    def __init__(self, plan: _Optional[bytes] = ..., slice: _Optional[int] = ..., chunk: _Optional[int] = ..., contributors: _Optional[bytes] = ..., codec: _Optional[str] = ..., elements: _Optional[int] = ..., part: _Optional[int] = ...) -> None: ...

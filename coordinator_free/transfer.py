@@ -1,0 +1,197 @@
+"""Getting what was missed: certificates, an average, or the whole state, from those who have it.
+
+Everything fetched is checked against a digest that a certificate names before anybody uses it. Two
+consecutive certificates prove the newer one against the roster that the older one names; that the
+older one belongs to the run is believed from the peer that gave it, whom the directory named.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import TypeVar
+
+from coordinator_free import certificates, wire
+from coordinator_free.average import Average, AverageReader
+from coordinator_free.certificates import Head, Verify
+from coordinator_free.contact import Contact
+from coordinator_free.messages import (
+    U64_MAX,
+    Certificate,
+    FetchOutcome,
+    FetchState,
+    Heads,
+    Hello,
+    Kind,
+)
+from coordinator_free.replica import Replica, State, StateReader
+from coordinator_free.transport import Client
+from dht.errors import ConfigError, PeerError, ProtocolViolation, StateError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+ASK_S = 5.0  # for one small question
+IDLE_S = 10.0  # between two frames of a download
+
+
+class Transfer:
+    """Downloads from other peers.
+
+    Args:
+        client: carries the requests.
+        run_id: of the run.
+        creator: who may sign the run's first certificate.
+        layout: of the model's parameters.
+        numel: their number; bounds every download.
+        check: verifies one signature.
+    """
+
+    def __init__(
+        self,
+        *,
+        client: Client,
+        run_id: str,
+        creator: str,
+        layout: str,
+        numel: int,
+        check: Verify,
+    ) -> None:
+        self._client = client
+        self._run_id = run_id
+        self._creator = creator
+        self._layout = layout
+        self._numel = numel
+        self._check = check
+
+    async def heads(self, contact: Contact, height: int) -> tuple[Certificate, ...]:
+        """What a peer says was decided: all from `height` on, or the newest it has.
+
+        Raises:
+            PeerError: it does not answer, or not with this.
+        """
+        raw = await self._client.deliver(contact, wire.encode(Hello(height=height)), ASK_S)
+        try:
+            reply = wire.decode(raw)
+        except ValueError as error:
+            raise ProtocolViolation(contact.peer_id, str(error)) from error
+        if not isinstance(reply, Heads):
+            raise ProtocolViolation(contact.peer_id, "answered a question with something else")
+        return reply.certificates
+
+    async def newest(self, contact: Contact) -> Certificate:
+        """A peer's newest certificate, verified against the one before it.
+
+        Raises:
+            PeerError: it does not answer, or cannot prove what it says.
+        """
+        *before, newest = await self.heads(contact, U64_MAX)
+        if newest.outcome.kind == Kind.FOUND:
+            voters: tuple[str, ...] = (self._creator,)
+        elif before and newest.outcome.previous == wire.head_digest(before[-1].outcome):
+            voters = tuple(member.peer_id for member in before[-1].outcome.roster)
+        else:
+            raise ProtocolViolation(contact.peer_id, "shows a head without a chain behind it")
+        if not certificates.verify(newest, self._run_id, voters, self._check):
+            raise ProtocolViolation(contact.peer_id, "shows a certificate that nobody signed")
+        return newest
+
+    async def best(self, contacts: Iterable[Contact]) -> tuple[Certificate, Contact]:
+        """The furthest head that any of these peers can show, and who showed it.
+
+        Raises:
+            StateError: none of them shows one.
+        """
+        asked = list(contacts)
+        answers = await asyncio.gather(
+            *(self.newest(contact) for contact in asked), return_exceptions=True
+        )
+        found: list[tuple[Certificate, Contact]] = []
+        for contact, answer in zip(asked, answers, strict=True):
+            if isinstance(answer, Certificate):
+                found.append((answer, contact))
+            elif isinstance(answer, PeerError):
+                logger.info("transfer.no_head %s", answer)
+            else:
+                raise answer
+        if not found:
+            raise StateError(f"none of {len(asked)} peers of the run shows where it stands")
+        return max(found, key=lambda entry: Head.after(entry[0]).rank)
+
+    async def state(self, contact: Contact, root: bytes) -> State:
+        """The whole state with this root, from one donor.
+
+        Raises:
+            PeerError: it does not have it, breaks off, or sends another.
+        """
+        reader = StateReader(self._layout, self._numel)
+        await self._download(contact, FetchState(state_root=root), reader.add)
+        return await self._checked(contact, reader.finish, root)
+
+    async def average(self, contact: Contact, root: bytes) -> Average:
+        """The encoded average with this root, from one holder.
+
+        Raises:
+            PeerError: it does not have it, breaks off, or sends another.
+        """
+        reader = AverageReader(self._numel)
+        await self._download(contact, FetchOutcome(vector_root=root), reader.add)
+        return await self._checked(contact, reader.finish, root)
+
+    async def _download(
+        self, contact: Contact, request: FetchState | FetchOutcome, add: Callable[[bytes], None]
+    ) -> None:
+        fetching = self._client.fetch(contact, wire.encode_fetch(request), IDLE_S)
+        async with contextlib.aclosing(fetching) as frames:
+            async for frame in frames:
+                try:
+                    add(frame)
+                except ValueError as error:
+                    raise ProtocolViolation(contact.peer_id, str(error)) from error
+
+    async def _checked(self, contact: Contact, finish: Callable[[bytes], T], root: bytes) -> T:
+        try:
+            return await asyncio.to_thread(finish, root)
+        except (ValueError, ConfigError) as error:
+            raise ProtocolViolation(contact.peer_id, str(error)) from error
+
+
+def answer_hello(replica: Replica, hello: Hello) -> bytes:
+    """The `Heads` for a `Hello`, as many certificates as fit into one message."""
+    kept = list(replica.certificates)
+    wanted = [c for c in kept if c.outcome.height >= hello.height]
+    if not wanted or wanted[0].outcome.height != hello.height:
+        wanted = kept[-2:]
+    while True:
+        try:
+            return wire.encode(Heads(certificates=tuple(wanted)))
+        except ValueError:
+            if len(wanted) == 1:
+                raise
+            wanted = wanted[:-1]
+
+
+async def serve(
+    replica: Replica, sender: str, request: FetchState | FetchOutcome
+) -> AsyncIterator[bytes]:
+    """The frames of what is asked for.
+
+    Raises:
+        StateError: it is not held, or no longer.
+    """
+    if isinstance(request, FetchState):
+        state = replica.state
+        if state.root != request.state_root:
+            raise StateError("this state is not held any more")
+        frames = state.frames()
+    else:
+        average = replica.average(request.vector_root)
+        if average is None:
+            raise StateError("this average is not held")
+        frames = average.frames()
+    logger.info("transfer.serve peer=%s %s", sender, type(request).__name__)
+    for frame in frames:
+        yield frame
