@@ -15,6 +15,7 @@ honestly.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import Executor
@@ -29,7 +30,7 @@ from coordinator_free.codecs import Codec, NonFinite, codec
 from coordinator_free.messages import FrameHeader, Plan, Slice
 from coordinator_free.partition import chunk_bounds
 from coordinator_free.wire import pack_frame, unpack_frame
-from dht.errors import PeerError, ProtocolViolation, RoundError
+from dht.errors import PeerError, ProtocolViolation, RoundError, innermost
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ class Reducer:
         }
         self._lost: set[str] = set()
         self._reduced: list[Chunk] = []
+        self._aborted = False
         self._news = asyncio.Condition()
 
     @property
@@ -163,11 +165,23 @@ class Reducer:
             )
         )
 
+    async def abort(self) -> None:
+        """No more chunks will come: whoever waits for one is told, unless it has them all."""
+        async with self._news:
+            self._aborted = True
+            self._news.notify_all()
+
     async def reduced(self) -> AsyncIterator[Chunk]:
-        """Every reduced chunk, each as soon as it is there."""
+        """Every reduced chunk, each as soon as it is there.
+
+        Raises:
+            RoundError: the slice was given up.
+        """
         for index in range(len(self._bounds)):
             async with self._news:
                 while len(self._reduced) <= index:
+                    if self._aborted:
+                        raise RoundError(self._plan.round, "the reducer gave up its slice")
                     await self._news.wait()
             yield self._reduced[index]
 
@@ -200,7 +214,7 @@ class Butterfly:
         self._values_N = values_N
         self._connect = connect
         self._executor = executor
-        self._lost: set[str] = set()
+        self._failures: dict[str, BaseException] = {}  # by reducer
         mine = [n for n, piece in enumerate(plan.slices) if piece.reducer == me]
         self._reducer = Reducer(plan, mine[0], self._compute) if mine else None
 
@@ -208,6 +222,26 @@ class Butterfly:
         return asyncio.get_running_loop().run_in_executor(self._executor, work, *args)
 
     # -- as reducer ---------------------------------------------------------------------------
+
+    async def reduce(self) -> None:
+        """Average my slice for everybody, however my own exchange goes."""
+        reducer = self._reducer
+        if reducer is None:
+            return
+        piece = next(piece for piece in self._plan.slices if piece.reducer == self._me)
+        try:
+            async with asyncio.timeout(self._plan.exchange_s), asyncio.TaskGroup() as tasks:
+                tasks.create_task(reducer.run())
+                tasks.create_task(self._feed(reducer, piece))
+        except TimeoutError:
+            logger.warning("butterfly.slice_late round=%d", self._plan.round)
+        except BaseExceptionGroup as group:
+            error = innermost(group)
+            if not isinstance(error, (RoundError, ValueError)):
+                raise
+            logger.warning("butterfly.slice_given_up %s", error)
+        finally:
+            await reducer.abort()
 
     async def serve(self, sender: str, frames: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
         """The other side of a member's stream: its chunks of my slice in, reduced chunks out.
@@ -251,7 +285,7 @@ class Butterfly:
     # -- as member ----------------------------------------------------------------------------
 
     async def run(self) -> Average:
-        """Take part in every slice.
+        """Take part in every slice; `reduce` has to run beside it.
 
         Returns:
             The complete average.
@@ -264,13 +298,7 @@ class Butterfly:
             async with asyncio.timeout(self._plan.exchange_s), asyncio.TaskGroup() as tasks:
                 for number, piece in enumerate(self._plan.slices):
                     results[number] = []
-                    if piece.reducer == self._me:
-                        assert self._reducer is not None
-                        tasks.create_task(self._reducer.run())
-                        tasks.create_task(self._feed(self._reducer, piece))
-                        tasks.create_task(self._collect(self._reducer, results[number]))
-                    else:
-                        tasks.create_task(self._stream(number, piece, results[number]))
+                    tasks.create_task(self._part(number, piece, results[number]))
         except TimeoutError as error:
             waiting = {
                 piece.reducer
@@ -280,14 +308,12 @@ class Butterfly:
             raise ExchangeFailed(
                 self._plan.round, tuple(sorted(waiting - {self._me})), "the deadline passed"
             ) from error
-        except BaseExceptionGroup as group:
-            expected, other = group.split((PeerError, RoundError, ValueError))
-            if other is not None:
-                raise
-            assert expected is not None
+        if self._failures:
             raise ExchangeFailed(
-                self._plan.round, tuple(sorted(self._lost)), str(expected.exceptions[0])
-            ) from group
+                self._plan.round,
+                tuple(sorted(peer for peer in self._failures if peer != self._me)),
+                "; ".join(map(str, self._failures.values())),
+            )
         chunks = [chunk for number in sorted(results) for chunk in results[number]]
         return await self._compute(Average, self._plan.codec, chunks)
 
@@ -310,45 +336,56 @@ class Butterfly:
             logger.error("butterfly.not_finite round=%d %s", self._plan.round, error)
             reducer.drop(self._me)
 
-    async def _collect(self, reducer: Reducer, out: list[Chunk]) -> None:
-        async for chunk in reducer.reduced():
-            out.append(chunk)
+    async def _part(self, number: int, piece: Slice, out: list[Chunk]) -> None:
+        """One slice; when its reducer fails, the other slices still get my contribution."""
+        try:
+            if self._reducer is not None and piece.reducer == self._me:
+                async for chunk in self._reducer.reduced():
+                    out.append(chunk)
+            else:
+                await self._stream(number, piece, out)
+        except (PeerError, RoundError, ValueError, ExceptionGroup) as caught:
+            error = innermost(caught)
+            if not isinstance(error, (PeerError, RoundError, ValueError)):
+                raise
+            self._failures[piece.reducer] = error
 
     async def _stream(self, number: int, piece: Slice, out: list[Chunk]) -> None:
         deadline_s = self._plan.exchange_s
-        try:
-            async with self._connect(piece.reducer) as stream, asyncio.TaskGroup() as tasks:
-                await stream.send(pack_frame(FrameHeader(plan=self._digest)), deadline_s)
-                tasks.create_task(self._send(stream, number, piece))
-                for index, (start, stop) in enumerate(self._bounds(piece)):
-                    frame = await stream.receive(deadline_s)
-                    if frame is None:
-                        raise ProtocolViolation(piece.reducer, "ended its stream early")
-                    chunk = Chunk.from_frame(frame)
-                    if (chunk.slice, chunk.index, chunk.elements) != (number, index, stop - start):
-                        raise ProtocolViolation(piece.reducer, "sent a chunk out of order")
-                    check_bits(self._plan, chunk.contributors)
-                    await self._compute(self._codec.validate, chunk.payload, chunk.elements)
-                    out.append(chunk)
-        except BaseExceptionGroup:
-            self._lost.add(piece.reducer)
-            raise
-        except (PeerError, ValueError):
-            self._lost.add(piece.reducer)
-            raise
+        async with self._connect(piece.reducer) as stream, asyncio.TaskGroup() as tasks:
+            await stream.send(pack_frame(FrameHeader(plan=self._digest)), deadline_s)
+            tasks.create_task(self._send(stream, number, piece))
+            for index, (start, stop) in enumerate(self._bounds(piece)):
+                frame = await stream.receive(deadline_s)
+                if frame is None:
+                    raise ProtocolViolation(piece.reducer, "ended its stream early")
+                chunk = Chunk.from_frame(frame)
+                if (chunk.slice, chunk.index, chunk.elements) != (number, index, stop - start):
+                    raise ProtocolViolation(piece.reducer, "sent a chunk out of order")
+                check_bits(self._plan, chunk.contributors)
+                await self._compute(self._codec.validate, chunk.payload, chunk.elements)
+                out.append(chunk)
 
     async def _send(self, stream: Stream, number: int, piece: Slice) -> None:
-        """Send my part of a slice; without values, or with broken ones, only end the stream."""
+        """Send my part of a slice; without values, or with broken ones, only end the stream.
+
+        Whether the stream broke or only ended before my last word is for the receiving side to
+        tell, which knows if anything is missing.
+        """
         deadline_s = self._plan.exchange_s
-        if self._values_N is not None:
-            try:
+        try:
+            if self._values_N is not None:
                 for index, (start, stop) in enumerate(self._bounds(piece)):
                     payload = await self._encode(start, stop)
                     header = FrameHeader(slice=number, chunk=index, elements=stop - start)
                     await stream.send(pack_frame(header, payload), deadline_s)
-            except NonFinite as error:
-                logger.error("butterfly.not_finite round=%d %s", self._plan.round, error)
-        await stream.done_sending(deadline_s)
+            await stream.done_sending(deadline_s)
+        except NonFinite as error:
+            logger.error("butterfly.not_finite round=%d %s", self._plan.round, error)
+            with contextlib.suppress(PeerError):
+                await stream.done_sending(deadline_s)
+        except PeerError as error:
+            logger.debug("butterfly.send_ended %s", error)
 
     async def _encode(self, start: int, stop: int) -> memoryview:
         assert self._values_N is not None

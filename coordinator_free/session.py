@@ -45,7 +45,14 @@ from coordinator_free.tls import ServerCertificate
 from coordinator_free.transfer import Transfer
 from coordinator_free.transport import Client, ExchangeStream, Server
 from dht.directory import Directory
-from dht.errors import PeerError, ProtocolViolation, RecordError, StateError, SwarmError
+from dht.errors import (
+    PeerError,
+    ProtocolViolation,
+    RecordError,
+    StateError,
+    SwarmError,
+    innermost,
+)
 from dht.identity import Identity, verify
 from dht.records import PEER_REFRESH_S, PEER_TTL_S, PeerRecord
 
@@ -142,7 +149,7 @@ class Session:
         self._replica: Replica | None = None
         self._butterflies: dict[bytes, Butterfly] = {}
         self._plan_arrived = asyncio.Condition()
-        self._exchange_task: asyncio.Task[None] | None = None
+        self._exchange_tasks: list[asyncio.Task[None]] = []
         self._catching_up: set[str] = set()
         self._failed_fetches = 0
         self._ending: str | None = None
@@ -256,7 +263,7 @@ class Session:
         except BaseExceptionGroup as group:
             _, errors = group.split(_Over)
             if errors is not None:
-                raise _first(errors) from group
+                raise innermost(errors) from group
         finally:
             self._handoff.close()
             await self._client.close()
@@ -370,11 +377,7 @@ class Session:
                 case machine.CloseWork():
                     self._handoff.close_work(action.round)
                 case machine.StartExchange():
-                    if self._exchange_task is not None:
-                        self._exchange_task.cancel()
-                    self._exchange_task = self._tasks.create_task(
-                        self._exchange(action.plan, action.digest)
-                    )
+                    self._start_exchange(action.plan, action.digest)
                 case machine.Fetch():
                     self._tasks.create_task(self._fetch(action.outcome, action.holders))
                 case machine.Apply():
@@ -387,9 +390,9 @@ class Session:
                 case machine.Left():
                     self._ending = "left"
 
-    async def _exchange(self, plan: Plan, digest: bytes) -> None:
-        """Average by this plan and compute what that leads to."""
-        began = self._now()
+    def _start_exchange(self, plan: Plan, digest: bytes) -> None:
+        for task in self._exchange_tasks:
+            task.cancel()
         mine = any(c.peer_id == self._identity.peer_id for c in plan.contributions)
         values_N = self._handoff.pseudo_gradient(plan.round) if mine else None
         butterfly = Butterfly(
@@ -398,6 +401,15 @@ class Session:
         while len(self._butterflies) >= KEPT_BUTTERFLIES:
             del self._butterflies[next(iter(self._butterflies))]
         self._butterflies[digest] = butterfly
+        # What others get from this reducer must not depend on what it gets from them.
+        self._exchange_tasks = [
+            self._tasks.create_task(butterfly.reduce()),
+            self._tasks.create_task(self._exchange(butterfly, digest)),
+        ]
+
+    async def _exchange(self, butterfly: Butterfly, digest: bytes) -> None:
+        """Average, and compute what that leads to."""
+        began = self._now()
         async with self._plan_arrived:
             self._plan_arrived.notify_all()
         try:
@@ -652,10 +664,3 @@ class Session:
 
 class _Over(Exception):
     """The session came to its end; takes down the tasks around it."""
-
-
-def _first(group: BaseException) -> BaseException:
-    """The innermost first error of a group: what went wrong, without the scaffolding."""
-    while isinstance(group, BaseExceptionGroup):
-        group = group.exceptions[0]
-    return group

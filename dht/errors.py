@@ -98,3 +98,10 @@ class RunNotFound(SwarmError):
 
 class StateError(SwarmError):
     """No state could be obtained that matches a digest the swarm vouches for."""
+
+
+def innermost(error: BaseException) -> BaseException:
+    """The first error of nested groups: what went wrong, without the scaffolding around it."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
