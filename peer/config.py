@@ -1,0 +1,247 @@
+"""A run's whole configuration, checked.
+
+Each part is a dataclass that lives beside what it configures; this module composes them and turns a
+run file into them. Guarantees: a `RunConfig` that `load` returns has only known fields, each of the
+right type and inside its bounds; whatever is wrong becomes one `ConfigError` line with file, field,
+value and remedy. It does not look at data or weights: whether they exist shows when they are
+opened.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any, Literal, TypeVar, get_type_hints
+
+from coordinator_free.codecs import codec
+from coordinator_free.machine import RoundConfig
+from coordinator_free.outer import OuterConfig
+from dht.errors import ConfigError
+from model.builders import ModelConfig
+from model.data import DataConfig
+from model.optimizers import OptimizerConfig
+from model.trainer import TrainerConfig
+from peer import runfile
+
+# Set elsewhere than in the run file: by [model], [data], [optimizer], the top level and --device.
+_NOT_IN_TRAINING = frozenset({"model", "data", "optimizer", "seed", "device"})
+
+_TABLES = ("model", "data", "optimizer", "training", "round", "outer")
+_KINDS = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list"}
+_REMEDIES = {
+    bool: "write true or false, without quotes",
+    int: "write a whole number, without quotes",
+    float: "write a number, without quotes",
+    str: "write it in quotes",
+}
+_T = TypeVar("_T")
+
+# What the numbers must keep to; the owners check what only they know (heads dividing width, ...).
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**31 - 1),
+    "model.layers": (1, 1000),
+    "model.width": (1, 2**20),
+    "model.heads": (1, 2**16),
+    "model.context": (1, 2**24),
+    "model.vocabulary": (2, 2**24),
+    "data.validation_fraction": (0.0001, 0.9),
+    "optimizer.lr": (0, 100),
+    "optimizer.adamw_lr": (0, 100),
+    "optimizer.warmup_steps": (0, 1e9),
+    "optimizer.total_steps": (0, 1e12),
+    "optimizer.grad_clip": (0, 1e9),
+    "optimizer.weight_decay": (0, 100),
+    "training.batch_size": (1, 2**20),
+    "training.eval_blocks": (1, 2**20),
+    "round.local_steps": (1, 100_000),
+    "round.start_peers": (1, 10_000),
+    "round.rounds": (0, 1e9),
+    "round.grace_s": (0, 3600),
+    "round.exchange_s": (1, 86_400),
+    "round.suspect_s": (0.5, 3600),
+    "outer.lr": (0, 10),
+    "outer.momentum": (0, 0.999),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """What all peers of a run agree on.
+
+    Attributes:
+        name: shown to people, at most 64 characters.
+        local_steps: inner steps of each peer between two averagings.
+        trainer: the model, its data and how each peer trains it; holds the run's seed.
+        round: how the peers average.
+        outer: how the average is applied.
+    """
+
+    name: str = "stdlib-gpt"
+    local_steps: int = 30
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    round: RoundConfig = field(default_factory=RoundConfig)
+    outer: OuterConfig = field(default_factory=OuterConfig)
+
+
+def load(text: str, source: str) -> RunConfig:
+    """Check a run file.
+
+    Args:
+        text: TOML.
+        source: what to call it in an error; the file's path as a rule.
+
+    Raises:
+        ConfigError: one line: file, field, value, remedy.
+    """
+    default = RunConfig()
+    top = runfile.parse(text, source)
+    tables = {}
+    for name in _TABLES:
+        tables[name] = top.pop(name, {})
+        if not isinstance(tables[name], dict):
+            raise ConfigError(
+                f"{source}: {name} = {_shown(tables[name])} is a value: write a table [{name}]"
+            )
+    general = _values({"name": str, "seed": int}, top, "", source, also=_TABLES)
+    name = general.get("name", default.name)
+    if not 1 <= len(name) <= 64 or not name.isprintable():
+        raise ConfigError(f"{source}: name = {_shown(name)}: use 1 to 64 printable characters")
+    rounds = _values({"local_steps": int, **_fields(RoundConfig)}, tables["round"], "round", source)
+    local_steps = rounds.pop("local_steps", default.local_steps)
+    round_ = _make(RoundConfig, rounds, "round", source)
+    try:
+        codec(round_.codec)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: [round] codec = {_shown(round_.codec)}: {error}") from error
+    training = _fields(TrainerConfig, without=_NOT_IN_TRAINING)
+    trainer = _values(training, tables["training"], "training", source)
+    trainer |= {
+        "model": _build(ModelConfig, tables["model"], "model", source),
+        "data": _build(DataConfig, tables["data"], "data", source),
+        "optimizer": _build(OptimizerConfig, tables["optimizer"], "optimizer", source),
+    }
+    if "seed" in general:
+        trainer["seed"] = general["seed"]
+    return RunConfig(
+        name=name,
+        local_steps=local_steps,
+        trainer=_make(TrainerConfig, trainer, "training", source),
+        round=round_,
+        outer=_build(OuterConfig, tables["outer"], "outer", source),
+    )
+
+
+def published(text: str, config: RunConfig) -> str:
+    """The run file as it is signed and shown to everybody.
+
+    The text as it was written, comments and all, unless the run has data of its own: a path on this
+    machine means nothing on another and is nobody's business, so only its last part stays, and
+    every joiner gives the place of its own copy.
+    """
+    if not config.trainer.data.path:
+        return text
+    tables = runfile.parse(text, "the run file")
+    tables.setdefault("data", {})["path"] = PurePath(config.trainer.data.path).name
+    return runfile.dump(tables)
+
+
+def localised(config: RunConfig, *, data: str, device: str) -> RunConfig:
+    """The configuration with what is this machine's own: where the data are, what computes."""
+    trainer = config.trainer
+    if data:
+        trainer = dataclasses.replace(trainer, data=dataclasses.replace(trainer.data, path=data))
+    if device:
+        trainer = dataclasses.replace(trainer, device=device)
+    return dataclasses.replace(config, trainer=trainer)
+
+
+def _fields(kind: type[Any], without: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """Names and types of a dataclass's fields."""
+    hints = get_type_hints(kind)
+    return {
+        part.name: hints[part.name] for part in dataclasses.fields(kind) if part.name not in without
+    }
+
+
+def _build(kind: type[_T], table: dict[str, Any], where: str, source: str) -> _T:
+    return _make(kind, _values(_fields(kind), table, where, source), where, source)
+
+
+def _make(kind: type[_T], values: dict[str, Any], where: str, source: str) -> _T:
+    """The dataclass itself; what its own checks refuse is a person's mistake."""
+    try:
+        return kind(**values)
+    except (ValueError, ConfigError) as error:
+        raise ConfigError(f"{source}: [{where}] {error}") from error
+
+
+def _values(
+    types: dict[str, Any],
+    table: dict[str, Any],
+    where: str,
+    source: str,
+    also: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """The table's values, each of its field's type and inside its bounds.
+
+    Args:
+        types: type of each allowed field.
+        table: as read.
+        where: name of the table; empty for the top level.
+        source: name of the file.
+        also: further names to suggest when a field is unknown.
+
+    Raises:
+        ConfigError: unknown field, wrong type, out of bounds.
+    """
+    at = f"{source}: [{where}]" if where else f"{source}:"
+    values = {}
+    for name, value in table.items():
+        if name not in types:
+            known = [*types, *also]
+            close = difflib.get_close_matches(name, known, n=1)
+            remedy = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
+            raise ConfigError(f"{at} unknown field {_shown(name)}: {remedy}")
+        values[name] = _typed(types[name], value, f"{at} {name} = {_shown(value)}")
+        low, high = _BOUNDS.get(f"{where}.{name}" if where else name, (-math.inf, math.inf))
+        if isinstance(value, int | float) and not low <= value <= high:  # refuses NaN too
+            raise ConfigError(f"{at} {name} = {value}: use {low:g} to {high:g}")
+    return values
+
+
+def _typed(kind: Any, value: Any, what: str) -> Any:
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind in _KINDS:
+        if type(value) is not kind:  # not isinstance: true is no number
+            found = _KINDS.get(type(value), "not allowed")
+            raise ConfigError(f"{what} is {found}: {_REMEDIES[kind]}")
+        if isinstance(value, str) and "\x00" in value:
+            raise ConfigError(f"{what}: a NUL character has no place here")
+        return value
+    choices = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        if value not in choices:
+            raise ConfigError(f"{what}: use {' or '.join(map(repr, choices))}")
+        return value
+    if typing.get_origin(kind) is Mapping:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{what} is no table: write it as in {{ n_positions = 64 }}")
+        return value
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, list) or (... not in choices and len(value) != len(choices)):
+            shape = "a list" if ... in choices else f"a list of {len(choices)}"
+            raise ConfigError(f"{what} is not {shape}: write it as in [0.9, 0.99]")
+        return tuple(_typed(choices[0], part, what) for part in value)
+    raise TypeError(f"{what}: a run file cannot set a field of type {kind}")
+
+
+def _shown(value: object) -> str:
+    """A value as the file has it, not longer than a line can bear."""
+    text = str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,475 @@
+"""`shoal demo`: a whole swarm on this machine, watched from outside.
+
+The peers are ordinary daemons, `shoal create` and `shoal join`, each its own process with its own
+identity; the demo only starts them, listens to their events and shows them. Nothing of the training
+passes through it.
+
+Guarantees: what it reports is what the peers reported: `digests_agree` is true only if in every
+round all digests were equal and none of a peer that lived to the end was missing. A peer that dies
+is shown and the others go on. At the end, however it comes (last round, time, Ctrl-C, SIGTERM,
+SIGKILL of this process), the peers end and the private folder goes: see `peer.supervision` for the
+case in which this process cannot see to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+
+from dht.errors import ConfigError, SwarmError
+from peer import display, runfile
+from peer.events import DiedEvent, LineWriter, SummaryEvent
+from peer.status import Status
+from peer.supervision import LOCK_NAME
+
+DEFAULT_ROUNDS = 8
+POLITE_S = 4.0  # for peers told to stop: as all leave, nobody is left to be polite to
+SETTLE_S = 3.0  # for the libp2p daemons of killed peers to go
+STRAGGLER_S = 45.0  # for the rest, once the first peer is done
+_LINE_LIMIT = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoConfig:
+    """What to show.
+
+    Attributes:
+        peers: how many.
+        rounds: after which it ends; 0 when `minutes` says so.
+        minutes: after which it ends, with the round after the one under way; 0 for `rounds`.
+        data: text file or folder; empty: the run file's default.
+        codec: empty: the run file's default.
+        seed: of the run.
+        local_steps: 0: the run file's default.
+        json: events as JSON lines instead of a table.
+        verbose: let the peers say on stderr what they do.
+    """
+
+    peers: int = 4
+    rounds: int = DEFAULT_ROUNDS
+    minutes: float = 0.0
+    data: str = ""
+    codec: str = ""
+    seed: int = 0
+    local_steps: int = 0
+    json: bool = False
+    verbose: bool = False
+
+
+@dataclass(slots=True)
+class Child:
+    """One peer as the demo sees it."""
+
+    number: int
+    process: asyncio.subprocess.Process
+    peer: str = ""
+    status: Status = field(default_factory=Status)
+    digests: dict[int, str] = field(default_factory=dict)
+    losses: dict[int, float | None] = field(default_factory=dict)
+    done: dict[str, Any] | None = None
+    last_words: str = ""
+    exit_status: int | None = None
+
+    @property
+    def died(self) -> bool:
+        """Ended without having been done or told to."""
+        return self.exit_status not in (None, 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """What the reported rounds amount to."""
+
+    rounds: int
+    agree: bool
+    problem: str
+
+
+def judge(children: list[Child]) -> Verdict:
+    """Whether all peers had the same model after each round.
+
+    Args:
+        children: all that were started; those that died count for the rounds they reported.
+    """
+    survivors = [child for child in children if not child.died]
+    reported = {number for child in children for number in child.digests}
+    whole = [n for n in reported if survivors and all(n in child.digests for child in survivors)]
+    rounds = max(whole) + 1 if whole else 0
+    for number in sorted(reported):
+        digests = {child.digests[number] for child in children if number in child.digests}
+        if len(digests) > 1:
+            return Verdict(
+                rounds=rounds, agree=False, problem=f"the peers' models differ after round {number}"
+            )
+    for number in range(max(reported, default=-1) + 1):
+        missing = [child.number for child in survivors if number not in child.digests]
+        if missing:
+            return Verdict(
+                rounds=rounds,
+                agree=False,
+                problem=f"peer {missing[0]} did not report round {number}",
+            )
+    ends = {child.done["digest"] for child in survivors if child.done is not None}
+    if len(ends) > 1:
+        return Verdict(rounds=rounds, agree=False, problem="the final models differ")
+    if not reported or not survivors:
+        return Verdict(rounds=0, agree=False, problem="no round was completed")
+    return Verdict(rounds=rounds, agree=True, problem="")
+
+
+def run_demo(config: DemoConfig) -> int:
+    """Run a demo to its end; returns the exit status.
+
+    Raises:
+        ConfigError: a peer refused an option that the demo passed on.
+        SwarmError: the swarm did not come into being.
+    """
+    with _private_folder() as folder:
+        return asyncio.run(Demo(config, folder).run())
+
+
+@contextlib.contextmanager
+def _private_folder() -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix="shoal-demo-"))
+    try:
+        (folder / LOCK_NAME).touch(mode=0o600)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class Demo:
+    """A running demo.
+
+    Args:
+        config: what to show.
+        folder: private to this demo.
+    """
+
+    def __init__(self, config: DemoConfig, folder: Path) -> None:
+        self._config = config
+        self._folder = folder
+        self._children: list[Child] = []
+        self._began = time.monotonic()
+        self._stops = 0
+        self._interrupted = False
+        self._ending: asyncio.Task[None] | None = None
+        self._shown_rounds = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._writer = LineWriter(sys.stdout, self._on_broken)
+        self._table = not config.json and sys.stdout.isatty()
+
+    async def run(self) -> int:
+        """Start the peers, watch them to the end, sum up."""
+        self._loop = asyncio.get_running_loop()
+        for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            self._loop.add_signal_handler(ending, self._on_signal)
+        run_path = self._folder / "run.toml"
+        run_path.write_text(self._run_file(), encoding="utf-8")
+        deadline: asyncio.Task[None] | None = None
+        with self._showing():
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    for number in range(self._config.peers):
+                        child = await self._spawn(number, run_path)
+                        self._children.append(child)
+                        tasks.create_task(self._watch(child))
+                    if self._config.minutes:
+                        deadline = asyncio.create_task(self._deadline())
+            finally:
+                for task in (deadline, self._ending):
+                    if task is not None:
+                        task.cancel()
+                for child in self._children:
+                    if child.process.returncode is None:
+                        child.process.kill()
+                        await child.process.wait()
+                await self._settle()
+        return self._sum_up()
+
+    # -- the peers
+
+    def _run_file(self) -> str:
+        config = self._config
+        tables = runfile.parse(runfile.starter(), "the starter run file")
+        tables["name"] = "shoal demo"
+        tables["seed"] = config.seed
+        # All peers share this machine: a quarter of the default work keeps rounds at seconds.
+        tables["model"] |= {"layers": 2, "context": 64}
+        tables["round"]["start_peers"] = config.peers
+        tables["round"]["rounds"] = config.rounds if not config.minutes else 0
+        if config.codec:
+            tables["round"]["codec"] = config.codec
+        if config.local_steps:
+            tables["round"]["local_steps"] = config.local_steps
+        if config.data:
+            tables["data"]["path"] = config.data
+        return runfile.dump(tables)
+
+    async def _spawn(self, number: int, run_path: Path) -> Child:
+        config = self._config
+        link_file = str(self._folder / "link")
+        threads = max(1, (os.cpu_count() or 1) // config.peers)
+        first = ["create", str(run_path)] if number == 0 else ["join"]
+        arguments = [
+            *(sys.executable, "-m", "peer.cli", *first, "--link-file", link_file),
+            *("--home", str(self._folder / f"peer-{number}"), "--host", "127.0.0.1"),
+            *("--threads", str(threads), "--supervised", str(self._folder), "--json"),
+            *(("--data", config.data) if config.data else ()),
+            *(("-v",) if config.verbose else ()),
+        ]
+        process = await asyncio.create_subprocess_exec(
+            *arguments,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            limit=_LINE_LIMIT,
+            # Ctrl-C in the terminal is for the demo, which then asks the peers to leave.
+            start_new_session=True,
+            # Whatever the peers keep under TMPDIR (their libp2p sockets) goes with the folder.
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": str(threads),
+                "TMPDIR": str(self._folder),
+            },
+        )
+        return Child(number, process)
+
+    async def _watch(self, child: Child) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._read_events(child))
+            tasks.create_task(self._read_errors(child))
+            child.exit_status = await child.process.wait()
+        if child.died and not self._stops:
+            self._on_death(child)
+
+    async def _read_events(self, child: Child) -> None:
+        assert child.process.stdout is not None
+        async for raw in child.process.stdout:
+            line = raw.decode(errors="replace").rstrip("\n")
+            try:
+                event = json.loads(line)
+                self._on_event(child, event, line)
+            except (ValueError, KeyError, TypeError, AttributeError):
+                # What a killed child did not finish writing.
+                continue
+
+    async def _read_errors(self, child: Child) -> None:
+        assert child.process.stderr is not None
+        async for raw in child.process.stderr:
+            child.last_words = raw.decode(errors="replace").rstrip("\n") or child.last_words
+            if self._config.verbose:
+                sys.stderr.write(f"peer {child.number}: {child.last_words}\n")
+
+    def _tell(self, child: Child, order: str) -> None:
+        if child.process.stdin is not None and child.exit_status is None:
+            with contextlib.suppress(OSError, RuntimeError):
+                child.process.stdin.write(f"{order}\n".encode())
+
+    def _stop_all(self) -> None:
+        self._stops += 1
+        for child in self._children:
+            self._tell(child, "stop")
+        if self._ending is None:
+            self._ending = asyncio.create_task(self._kill_after(POLITE_S))
+
+    async def _kill_after(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        for child in self._children:
+            if child.exit_status is None:
+                child.process.kill()
+
+    async def _settle(self) -> None:
+        """Wait until the libp2p daemons, which outlive a killed peer by a moment, are gone."""
+        for _ in range(int(SETTLE_S / 0.02)):
+            if not any(self._folder.glob("shoal-*")):
+                break
+            await asyncio.sleep(0.02)
+
+    # -- what happens
+
+    def _on_event(self, child: Child, event: dict[str, Any], line: str) -> None:
+        kind = event["event"]
+        child.peer = str(event["peer"])
+        if kind == "progress":
+            child.status = Status.from_dict(event["status"])
+            return
+        if kind == "round":
+            child.digests[int(event["round"])] = str(event["digest"])
+            child.losses[int(event["round"])] = event["val_loss"]
+            child.status = dataclasses.replace(
+                child.status, round=int(event["round"]) + 1, step=0, digest=str(event["digest"])
+            )
+        elif kind == "done":
+            child.done = event
+            child.status = dataclasses.replace(child.status, val_loss=float(event["val_loss"]))
+            if self._ending is None:
+                self._ending = asyncio.create_task(self._kill_after(STRAGGLER_S))
+        if self._config.json:
+            self._writer.line(line)
+        self._plain_rounds()
+
+    def _on_death(self, child: Child) -> None:
+        status = child.exit_status or 0
+        reason = child.last_words or "without a word"
+        if self._config.json:
+            self._writer.event(
+                DiedEvent(peer=child.peer, number=child.number, status=status, reason=reason)
+            )
+        elif not self._table:
+            self._writer.line(f"peer {child.number} died ({_how(status)}): {reason}")
+        started = any(other.status.step or other.digests for other in self._children)
+        if not started:  # the first round waits for all: it would never come
+            self._stop_all()
+        self._plain_rounds()
+
+    def _on_signal(self) -> None:
+        if self._interrupted:
+            for child in self._children:
+                if child.exit_status is None:
+                    child.process.kill()
+        self._interrupted = True
+        self._stop_all()
+
+    def _on_broken(self) -> None:
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._stop_all)
+
+    async def _deadline(self) -> None:
+        await asyncio.sleep(self._config.minutes * 60)
+        under_way = max((child.status.round for child in self._children), default=0)
+        # One more than is under way, so that the order reaches everybody in time.
+        for child in self._children:
+            self._tell(child, f"finish {under_way + 1}")
+
+    # -- what is shown
+
+    def _rows(self) -> list[Status]:
+        rows = []
+        for child in self._children:
+            status = child.status
+            if child.exit_status is not None:
+                phase = "done" if child.done else "gone" if child.died else "left"
+                status = dataclasses.replace(status, phase=phase, tokens_per_s=0.0)
+            rows.append(status)
+        return rows
+
+    def _losses(self) -> list[float]:
+        """Validation loss by round, the final model's last, as far as anybody reported it."""
+        by_round: dict[int, float] = {}
+        for child in self._children:
+            for number, loss in child.losses.items():
+                if loss is not None:
+                    by_round.setdefault(number, loss)
+        losses = [by_round[number] for number in sorted(by_round)]
+        final = next((c.done["val_loss"] for c in self._children if c.done is not None), None)
+        return losses if final is None else [*losses, final]
+
+    @contextlib.contextmanager
+    def _showing(self) -> Iterator[None]:
+        if not self._table:
+            yield
+            return
+        with display.live(self._screen, Console(file=sys.stdout)):
+            yield
+
+    def _screen(self) -> Group:
+        peers = self._config.peers
+        title = f"shoal demo  {peers} peers, each its own process; no server among them"
+        agreed = judge(self._children)
+        if self._stops:
+            foot = "leaving politely; Ctrl-C again ends it at once"
+        elif agreed.rounds:
+            foot = f"after round {agreed.rounds - 1} all peers held the same model, bit for bit"
+        else:
+            foot = "the first round begins when all peers have found each other"
+        dead = [child for child in self._children if child.died]
+        if dead:
+            last = dead[-1]
+            foot = f"peer {last.number} died ({_how(last.exit_status or 0)}); {foot}"
+        return display.screen(title, self._rows(), self._losses(), foot)
+
+    def _plain_rounds(self) -> None:
+        """A line for each round that all living peers have completed, where lines are shown."""
+        if self._config.json or self._table:
+            return
+        living = [child for child in self._children if not child.died]
+        while living and all(self._shown_rounds in child.digests for child in living):
+            number = self._shown_rounds
+            self._shown_rounds += 1
+            loss = next((c.losses[number] for c in living), None)
+            digests = {child.digests[number] for child in living}
+            same = "the same digest" if len(digests) == 1 else "DIFFERENT digests"
+            self._writer.line(
+                f"round {number}: loss {display.human_loss(loss)}, {len(living)} peers with {same}"
+                f" {min(digests)[:12]}"
+            )
+
+    # -- the end
+
+    def _sum_up(self) -> int:
+        refusal = next((c for c in self._children if c.exit_status == 2 and not c.digests), None)
+        if refusal is not None and not self._interrupted:
+            raise ConfigError(_without_command(refusal.last_words))
+        verdict = judge(self._children)
+        losses = self._losses()
+        complete = all(c.done is not None for c in self._children if not c.died)
+        summary = SummaryEvent(
+            rounds=verdict.rounds,
+            peers=len({child.peer for child in self._children if child.digests}),
+            first_val_loss=losses[0] if losses else None,
+            last_val_loss=losses[-1] if losses else None,
+            digests_agree=verdict.agree,
+            wall_s=round(time.monotonic() - self._began, 2),
+        )
+        self._say_summary(summary)
+        if verdict.agree and complete:
+            return 0
+        if self._interrupted:
+            return 130
+        dead = next((child for child in self._children if child.died), None)
+        problem = verdict.problem or "the run did not come to its end"
+        if dead is not None:
+            problem += f"; peer {dead.number} died ({_how(dead.exit_status or 0)})"
+            if dead.last_words:
+                problem += f": {_without_command(dead.last_words)}"
+        raise SwarmError(problem)
+
+    def _say_summary(self, summary: SummaryEvent) -> None:
+        if self._config.json:
+            self._writer.event(summary)
+            return
+        first = display.human_loss(summary.first_val_loss)
+        last = display.human_loss(summary.last_val_loss)
+        same = "the same model in all of them" if summary.digests_agree else "models DIFFER"
+        self._writer.line(
+            f"{summary.rounds} rounds, {summary.peers} peers, validation loss {first} -> {last}, "
+            f"{same}, {summary.wall_s:.0f} s"
+        )
+
+
+def _how(status: int) -> str:
+    if status < 0:
+        with contextlib.suppress(ValueError):
+            return signal.Signals(-status).name
+    return f"exit status {status}"
+
+
+def _without_command(text: str) -> str:
+    """A child's error line without its own `shoal create: `."""
+    head, colon, rest = text.partition(": ")
+    return rest if colon and head.startswith("shoal ") else text or "a peer ended without a word"

@@ -1,0 +1,328 @@
+"""The network side of a daemon: one asyncio loop in one thread of its own.
+
+    training thread                         network thread
+    ---------------                         --------------
+    start()  ---------------------------->  open the directory, publish or find the run
+    found()  <--------------------------    the signed run
+    begin(config, initial)  ------------->  Session(...).run(initial)
+    session.next_assignment(), submit()     rounds, for as long as the session runs
+    stop()   ---------------------------->  leave politely
+    join()   <--------------------------    everything closed
+
+Guarantees: no call here waits for ever once `stop` was called or the network has failed; whatever
+ends the loop ends up in `failure` as one `SwarmError`, and the training thread is woken. Not
+guaranteed: that `stop` gets through to a partner that does not answer; the caller has a watchdog.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import logging
+import threading
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from dht.directory import Directory
+from dht.errors import ConfigError, RunNotFound, SwarmError, TimedOut, Unreachable
+from dht.identity import Identity
+from dht.kademlia import KademliaConfig, KademliaDirectory
+from dht.records import SignedRun
+from peer.control import ControlServer
+from peer.link import Link, host_component
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from coordinator_free.handoff import Assignment, RoundResult
+    from coordinator_free.session import SessionConfig, SessionStatus
+
+logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+_FIND_ATTEMPTS = 5
+_FIND_PAUSE_S = 1.0
+
+
+class ReachableDirectory(Directory, Protocol):
+    """A directory that knows under which addresses its own peer can be dialled."""
+
+    @property
+    def maddrs(self) -> tuple[str, ...]:
+        """Each ends in `/p2p/<own peer id>`; loopback ones last."""
+        ...
+
+
+class SwarmSession(Protocol):
+    """What a daemon needs of `coordinator_free.session.Session`."""
+
+    async def run(self, initial_N: Tensor | None, maddrs: Callable[[], tuple[str, ...]], /) -> None:
+        """Found the swarm with `initial_N`, or join it; return when stopped or finished."""
+        ...
+
+    def next_assignment(self) -> Assignment | None:
+        """The next round's work, or None when finished or stopped."""
+        ...
+
+    def submit(self, local_N: Tensor, samples: int, /) -> RoundResult:
+        """Hand in the work; return when its round is committed."""
+        ...
+
+    def stop(self) -> None:
+        """Leave politely."""
+        ...
+
+    def finish_after(self, round: int, /) -> None:
+        """Stop when that round is committed."""
+        ...
+
+    def status(self) -> SessionStatus:
+        """A snapshot."""
+        ...
+
+    @property
+    def final_N(self) -> Tensor:
+        """The last committed parameters, (N,) float32."""
+        ...
+
+
+OpenDirectory = Callable[[KademliaConfig], AbstractAsyncContextManager[ReachableDirectory]]
+MakeSession = Callable[["SessionConfig", Identity, Directory], SwarmSession]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NetworkConfig:
+    """How this machine takes part.
+
+    Attributes:
+        identity_path: the peer's key.
+        host: IP address to listen on.
+        port: of libp2p; 0 = a free one.
+        announce_hosts: what others dial instead of the own addresses; needs `port`.
+        link: the run to join; None to create one.
+    """
+
+    identity_path: Path
+    host: str = "0.0.0.0"
+    port: int = 0
+    announce_hosts: tuple[str, ...] = ()
+    link: Link | None = None
+
+    def __post_init__(self) -> None:
+        if self.announce_hosts and not self.port:
+            raise ConfigError(
+                "--announce-host needs --port: the port under which others reach this machine"
+            )
+
+    def directory(self) -> KademliaConfig:
+        """The same for the DHT."""
+        return KademliaConfig(
+            identity_path=self.identity_path,
+            host=self.host,
+            port=self.port,
+            announce_maddrs=tuple(
+                f"{host_component(host)}/tcp/{self.port}" for host in self.announce_hosts
+            ),
+            initial_peers=self.link.peers if self.link else (),
+        )
+
+
+class Network:
+    """The network thread. One `start`, then `found`, `begin`, and `join` at the end.
+
+    Args:
+        config: how to take part.
+        identity: who we are; the same key as in `config.identity_path`.
+        open_directory: the DHT; a fake one in tests.
+        make_session: the swarm; a fake one in tests.
+        control: served for as long as the thread runs; None for none.
+        on_control: called when `control` listens, from the network thread.
+        on_run: called when the run is published or found, with the link to it, from the network
+            thread.
+
+    Attributes:
+        failure: what ended the thread, when it was neither asked to stop nor finished.
+    """
+
+    def __init__(
+        self,
+        config: NetworkConfig,
+        identity: Identity,
+        *,
+        open_directory: OpenDirectory = KademliaDirectory.open,
+        make_session: MakeSession,
+        control: ControlServer | None = None,
+        on_control: Callable[[], None] = lambda: None,
+        on_run: Callable[[SignedRun, Link], None] = lambda run, link: None,
+    ) -> None:
+        self._config = config
+        self._identity = identity
+        self._open_directory = open_directory
+        self._make_session = make_session
+        self._control = control
+        self._on_control = on_control
+        self._on_run = on_run
+        self._thread = threading.Thread(target=self._live, name="network", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._main: asyncio.Task[None] | None = None
+        self._running: SwarmSession | None = None
+        self._stopping = threading.Event()
+        self._found: concurrent.futures.Future[SignedRun | None] = concurrent.futures.Future()
+        self._order: concurrent.futures.Future[tuple[SessionConfig, Tensor | None]]
+        self._order = concurrent.futures.Future()
+        self._session: concurrent.futures.Future[SwarmSession | None] = concurrent.futures.Future()
+        self._publish: SignedRun | None = None
+        self._maddrs: tuple[str, ...] = ()
+        self.failure: SwarmError | None = None
+
+    @property
+    def maddrs(self) -> tuple[str, ...]:
+        """Own addresses, once the run is found."""
+        return self._maddrs
+
+    def start(self, publish: SignedRun | None = None) -> None:
+        """Start the thread; `publish` is the run to create, None to find that of the link."""
+        self._publish = publish
+        self._thread.start()
+
+    def found(self) -> SignedRun | None:
+        """Wait for the run; None when stopped meanwhile.
+
+        Raises:
+            SwarmError: the network failed.
+        """
+        return self._answer(self._found)
+
+    def begin(self, config: SessionConfig, initial_N: Tensor | None) -> SwarmSession | None:
+        """Let the session run; None when stopped meanwhile.
+
+        Args:
+            config: of the session.
+            initial_N: (N,) float32 to found the swarm with, None to join it.
+
+        Raises:
+            SwarmError: the network failed.
+        """
+        with contextlib.suppress(concurrent.futures.InvalidStateError):
+            self._order.set_result((config, initial_N))
+        return self._answer(self._session)
+
+    def stop(self) -> None:
+        """Leave politely. Takes no lock, so that a signal handler may call it at any point."""
+        self._stopping.set()
+        loop = self._loop
+        if loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has just been closed
+                loop.call_soon_threadsafe(self._on_stop)
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the end of the thread; whether it has ended."""
+        if self._thread.ident is None:
+            return True
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _answer(self, future: concurrent.futures.Future[_T]) -> _T:
+        answer = future.result()
+        if answer is None and self.failure is not None:
+            raise self.failure
+        return answer
+
+    # -- the network thread
+
+    def _live(self) -> None:
+        try:
+            asyncio.run(self._work())
+        except asyncio.CancelledError:
+            logger.info("network.stopped")
+        except SwarmError as error:
+            self.failure = error
+        except Exception as error:  # the thread's outermost supervisor
+            first = _first(error)
+            logger.debug("network.failed", exc_info=error)
+            self.failure = first if isinstance(first, SwarmError) else _surprise(first)
+        finally:
+            # Only now, when `failure` is known, may whoever waits wake up.
+            for future in (self._found, self._session):
+                if not future.done():
+                    future.set_result(None)
+
+    async def _work(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._main = asyncio.current_task()
+        if self._stopping.is_set():
+            return
+        try:
+            if self._control is not None:
+                await self._control.start()
+                self._on_control()
+            await self._take_part()
+        finally:
+            if self._control is not None:
+                await self._control.close()
+
+    async def _take_part(self) -> None:
+        link = self._config.link
+        try:
+            async with self._open_directory(self._config.directory()) as directory:
+                self._maddrs = directory.maddrs
+                run = await self._run_from(directory)
+                self._on_run(run, Link(run.run_id, shown_addresses(directory.maddrs)))
+                self._found.set_result(run)
+                config, initial_N = await asyncio.wrap_future(self._order)
+                session = self._make_session(config, self._identity, directory)
+                self._running = session
+                self._session.set_result(session)
+                await session.run(initial_N, lambda: directory.maddrs)
+        except (Unreachable, TimedOut, RunNotFound) as error:
+            if self._found.done() or link is None:
+                raise
+            raise ConfigError(
+                f"no run behind this link: {error}; check that its peers still run and can be "
+                "reached from here, or ask for a new link"
+            ) from error
+
+    async def _run_from(self, directory: Directory) -> SignedRun:
+        if self._publish is not None:
+            await directory.publish(self._publish)
+            return self._publish
+        assert self._config.link is not None
+        for attempt in range(_FIND_ATTEMPTS):
+            try:
+                return await directory.find_run(self._config.link.run_id)
+            except RunNotFound:
+                # A young DHT: whoever holds the record may not be in anybody's table yet.
+                if attempt == _FIND_ATTEMPTS - 1:
+                    raise
+                await asyncio.sleep(_FIND_PAUSE_S)
+        raise AssertionError("unreachable")
+
+    def _on_stop(self) -> None:
+        if self._running is not None:
+            self._running.stop()
+        elif self._main is not None:
+            self._main.cancel()
+
+
+def shown_addresses(maddrs: tuple[str, ...]) -> tuple[str, ...]:
+    """The addresses that belong in a link: TCP, and loopback only when there is nothing else."""
+    tcp = [maddr for maddr in maddrs if maddr.split("/")[3:4] == ["tcp"] and maddr.count("/") == 6]
+    outside = [maddr for maddr in tcp if not maddr.startswith(("/ip4/127.", "/ip6/::1/"))]
+    return tuple((outside or tcp)[:8])
+
+
+def _first(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _surprise(error: BaseException) -> SwarmError:
+    surprise = SwarmError(f"the network thread failed: {type(error).__name__}: {error}")
+    surprise.__cause__ = error
+    return surprise

@@ -1,0 +1,426 @@
+"""A daemon: one process that trains in its main thread and talks to the swarm in another.
+
+Guarantees: the first Ctrl-C, SIGTERM, `shoal stop` or broken pipe makes it leave politely, the
+second Ctrl-C at once, and a polite leave that takes too long is cut short; either way the folder's
+lock and `daemon.json` are given back and the libp2p daemon goes with the process. What a run file
+from the swarm says never opens a text of this machine: its data are read from where the person
+says. Not guaranteed: that a leave cut short is noticed by the others before their own time-outs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import torch
+
+from coordinator_free.handoff import RoundResult, SessionClosed
+from coordinator_free.session import Session, SessionConfig
+from dht.errors import ConfigError, RoundError, SwarmError
+from dht.identity import Identity
+from dht.kademlia import KademliaDirectory
+from dht.records import SignedRun
+from model.data import DataError
+from model.trainer import Trainer, TrainingDiverged
+from peer import runfile
+from peer.addresses import announced_hosts
+from peer.config import RunConfig, load, localised, published
+from peer.control import ControlServer
+from peer.events import DoneEvent, Event, JoinedEvent, LeftEvent, LinkEvent, RoundEvent
+from peer.homes import DaemonFile, Home
+from peer.link import Link, write_link_file
+from peer.network import MakeSession, Network, NetworkConfig, OpenDirectory, SwarmSession
+from peer.output import Output
+from peer.status import Status
+from peer.supervision import Supervision
+
+if TYPE_CHECKING:
+    from coordinator_free.handoff import Assignment
+
+logger = logging.getLogger(__name__)
+
+FINISH_S = 20.0  # longest wait for others at the run's end
+POLITE_S = 8.0  # longest polite leave: `docker stop` kills after 10 s
+_JOINED_SOURCE = "the run's file, as published,"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NodeConfig:
+    """What this machine does for a run.
+
+    Attributes:
+        network: how it takes part; its `link` says what to join.
+        run_file: the run to create, None to join.
+        grpc_port: of the data plane; 0 = a free one.
+        link_file: where to write the join link; None for nowhere.
+        data: where this machine has the run's data; empty: as the run file says.
+        device: "auto", "cpu", "cuda", ...
+        threads: for torch; 0 = its own choice.
+    """
+
+    network: NetworkConfig
+    run_file: Path | None = None
+    grpc_port: int = 0
+    link_file: Path | None = None
+    data: str = ""
+    device: str = "auto"
+    threads: int = 0
+
+
+class Node:
+    """A daemon, from start to end: `Node(...).run()`.
+
+    Args:
+        config: what to do.
+        home: own folder, claimed.
+        output: where events go.
+        supervision: when a demo started this process; there is no control server then.
+        open_directory: the DHT; a fake one in tests.
+        make_session: the swarm; a fake one in tests.
+    """
+
+    def __init__(
+        self,
+        config: NodeConfig,
+        home: Home,
+        output: Output,
+        *,
+        supervision: Supervision | None = None,
+        open_directory: OpenDirectory = KademliaDirectory.open,
+        make_session: MakeSession | None = None,
+    ) -> None:
+        self._config = config
+        self._home = home
+        self._output = output
+        self._identity = Identity.load_or_create(home.identity_path)
+        self._control = None if supervision else ControlServer(self.status, self.stop)
+        self._network = Network(
+            config.network,
+            self._identity,
+            open_directory=open_directory,
+            make_session=make_session or _session,
+            control=self._control,
+            on_control=self._publish_daemon,
+            on_run=self._on_run,
+        )
+        self._supervision = supervision
+        self._session: SwarmSession | None = None
+        self._stopped = False
+        self._watched, self._leash = os.pipe()
+        self._finish_after: int | None = None
+        self._rounds_done = 0
+        self._began = time.monotonic()
+        self._status_lock = threading.Lock()
+        self._status = Status(
+            peer=self._identity.peer_id, pid=os.getpid(), home=str(home.path), phase="starting"
+        )
+
+    # -- what others ask of a daemon; from any thread
+
+    def status(self) -> Status:
+        """What this peer is doing now."""
+        with self._status_lock:
+            status = self._status
+        if self._stopped:
+            status = dataclasses.replace(status, phase="leaving")
+        session = self._session
+        uptime_s = time.monotonic() - self._began
+        if session is None:
+            return dataclasses.replace(status, uptime_s=uptime_s)
+        swarm = session.status()
+        return dataclasses.replace(
+            status,
+            phase=status.phase or swarm.phase,
+            peers=len(swarm.members),
+            bytes_sent=swarm.bytes_sent,
+            bytes_received=swarm.bytes_received,
+            uptime_s=uptime_s,
+        )
+
+    def stop(self) -> None:
+        """Leave politely. Takes no lock, as a signal handler calls it: hence the pipe."""
+        if not self._stopped:
+            self._stopped = True
+            os.write(self._leash, b".")
+            self._network.stop()
+
+    def finish_after(self, round: int) -> None:
+        """End the run for this peer when that round is committed."""
+        self._finish_after = round
+        if self._session is not None:
+            self._session.finish_after(round)
+
+    def report(self, event: Event) -> None:
+        """Tell whoever reads this peer's events."""
+        self._output.event(event)
+
+    def abandon(self, status: int) -> None:
+        """End this process at once, leaving as little behind as can be."""
+        if sys.stdout.isatty():
+            os.write(sys.stdout.fileno(), b"\x1b[?25h\n")  # the live table hides the cursor
+        self._home.release()
+        if self._supervision is not None:
+            self._supervision.clean_up()
+        os._exit(status)
+
+    # -- the life of a daemon
+
+    def run(self) -> int:
+        """Take part until stopped or the run's end; returns the exit status.
+
+        Raises:
+            ConfigError: a person's mistake, for exit status 2.
+            SwarmError: the run cannot go on here, for exit status 1.
+        """
+        if self._config.threads:
+            torch.set_num_threads(self._config.threads)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._signals())
+            stack.enter_context(self._output.showing(self.status))
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+            if self._supervision is not None:
+                self._supervision.attach(self)
+            try:
+                self._take_part()
+            finally:
+                left = self._stopped
+                self._close()
+            if self._network.failure is not None:
+                raise self._network.failure
+            if left:
+                self._output.event(LeftEvent(peer=self._identity.peer_id, rounds=self._rounds_done))
+        return 0
+
+    def _watch(self) -> None:
+        os.read(self._watched, 1)  # told to stop; the second byte says that it is done
+        if not select.select([self._watched], [], [], POLITE_S)[0]:
+            logger.warning("node.leave_cut_short after_s=%g", POLITE_S)
+            self.abandon(1)
+
+    def _take_part(self) -> None:
+        begun = self._create() if self._config.run_file else self._join()
+        if begun is None or self._stopped:
+            return
+        config, trainer, run = begun
+        logger.info("node.model %s", trainer.describe())
+        session_config = SessionConfig(
+            run_id=run.run_id,
+            creator=run.creator,
+            layout=trainer.layout,
+            numel=trainer.numel,
+            round=config.round,
+            outer=config.outer,
+            host=self._config.network.host,
+            port=self._config.grpc_port,
+            announce_hosts=announced_hosts(
+                self._config.network.host,
+                self._config.network.announce_hosts,
+                self._network.maddrs,
+            ),
+        )
+        initial = trainer.read() if self._config.run_file else None
+        session = self._network.begin(session_config, initial)
+        if session is None:
+            return
+        self._session = session
+        self._update(phase="", name=config.name, rounds=config.round.rounds)
+        self._train(config, trainer, session)
+
+    def _create(self) -> tuple[RunConfig, Trainer, SignedRun] | None:
+        path = self._config.run_file
+        assert path is not None
+        text = runfile.read(path)
+        config = load(text, str(path))
+        data = self._config.data or _beside(path, config.trainer.data.path)
+        config = localised(config, data=data, device=self._config.device)
+        # The trainer first: a run whose data or model is not there should not be published.
+        trainer = _trainer(config)
+        public = published(text, config).encode()
+        self._network.start(SignedRun.sign(self._identity, public, time.time()))
+        self._update(phase="connecting", name=config.name)
+        run = self._network.found()
+        return (config, trainer, run) if run is not None else None
+
+    def _join(self) -> tuple[RunConfig, Trainer, SignedRun] | None:
+        self._network.start()
+        self._update(phase="connecting")
+        run = self._network.found()
+        if run is None:
+            return None
+        config = load(run.run_file.decode(), _JOINED_SOURCE)
+        wanted = config.trainer.data.path
+        if wanted and not self._config.data:
+            raise ConfigError(
+                f"run {config.name!r} trains on its own text, {wanted!r}: "
+                "say where your copy of it is with --data PATH"
+            )
+        config = localised(config, data=self._config.data, device=self._config.device)
+        self._update(name=config.name)
+        return config, _trainer(config), run
+
+    def _train(self, config: RunConfig, trainer: Trainer, session: SwarmSession) -> None:
+        joined = False
+        while (assignment := session.next_assignment()) is not None:
+            if not joined:
+                joined = True
+                if self._finish_after is not None:  # came before there was a session to tell
+                    session.finish_after(self._finish_after)
+                self._output.event(
+                    JoinedEvent(
+                        peer=self._identity.peer_id, run=self._status.run, round=assignment.round
+                    )
+                )
+            try:
+                self._round(config, trainer, session, assignment)
+            except SessionClosed:
+                break
+            except RoundError as error:  # the next assignment starts from what the swarm has
+                logger.warning("node.round_void %s", error)
+            except TrainingDiverged as error:
+                raise SwarmError(
+                    f"{error}: a lower learning rate ([optimizer] lr) may help"
+                ) from error
+            except DataError as error:  # too few blocks for so many peers
+                raise ConfigError(str(error)) from error
+        if not self._stopped and self._rounds_done:
+            self._finish(trainer, session)
+
+    def _round(
+        self, config: RunConfig, trainer: Trainer, session: SwarmSession, assignment: Assignment
+    ) -> None:
+        """One round: evaluate what it starts from, train on the own shard, average."""
+        number, steps = assignment.round, config.local_steps
+        self._update(phase="evaluate", round=number, step=0, steps=steps)
+        trainer.write(assignment.theta_N)
+        val_loss = trainer.evaluate()
+        self._update(phase="train", val_loss=val_loss)
+        trainer.begin_round(number, assignment.seat, assignment.seats)
+        trainer.set_progress(number * steps)
+        began = time.monotonic()
+        losses: list[float] = []
+        samples = tokens = 0
+        for step in range(1, steps + 1):
+            if self._stopped:
+                return  # the farewell is on its way: nobody waits for this work
+            if assignment.closing.is_set():
+                break
+            report = trainer.step()
+            losses.append(report.loss)
+            samples += report.samples
+            tokens += report.tokens
+            speed = tokens / (time.monotonic() - began)
+            self._update(step=step, train_loss=report.loss, tokens_per_s=speed)
+        self._update(phase="")  # from here the session knows best
+        result = session.submit(trainer.read(), samples)
+        self._update(digest=result.digest, round=result.round + 1, step=0)
+        if result.round != number:
+            # The swarm went on while this peer was away; it has nothing to say about those rounds.
+            logger.warning("node.rounds_missed from=%d to=%d", number, result.round)
+            return
+        self._rounds_done += 1
+        self._output.event(self._round_event(result, losses, val_loss))
+
+    def _round_event(self, result: RoundResult, losses: list[float], val_loss: float) -> RoundEvent:
+        return RoundEvent(
+            peer=self._identity.peer_id,
+            round=result.round,
+            train_loss=sum(losses) / len(losses) if losses else None,
+            val_loss=val_loss,
+            members=result.members,
+            digest=result.digest,
+            samples=result.samples,
+            bytes_sent=result.bytes_sent,
+            bytes_received=result.bytes_received,
+            allreduce_s=round(result.allreduce_s, 4),
+            round_s=round(result.round_s, 4),
+        )
+
+    def _finish(self, trainer: Trainer, session: SwarmSession) -> None:
+        self._update(phase="evaluate")
+        trainer.write(session.final_N)
+        val_loss = trainer.evaluate()  # while the network sees to those who are not done yet
+        self._update(phase="done", val_loss=val_loss)
+        if not self._network.join(FINISH_S) or self._network.failure is not None or self._stopped:
+            return
+        self._output.event(
+            DoneEvent(
+                peer=self._identity.peer_id,
+                rounds=self._status.round,
+                val_loss=val_loss,
+                digest=self._status.digest,
+            )
+        )
+
+    def _close(self) -> None:
+        """End the network thread, politely if it still can."""
+        self.stop()
+        self._network.join(POLITE_S)
+        os.write(self._leash, b".")
+
+    # -- callbacks from the network thread
+
+    def _on_run(self, run: SignedRun, link: Link) -> None:
+        self._update(run=run.run_id)
+        if self._control is not None:
+            self._publish_daemon()
+        if self._config.link_file is not None:
+            write_link_file(self._config.link_file, link)
+        self._output.event(LinkEvent(peer=self._identity.peer_id, run=run.run_id, link=str(link)))
+
+    def _publish_daemon(self) -> None:
+        assert self._control is not None
+        self._home.publish(
+            DaemonFile(
+                pid=os.getpid(),
+                port=self._control.port,
+                token=self._control.token,
+                run=self._status.run,
+            )
+        )
+
+    def _update(self, **changes: object) -> None:
+        with self._status_lock:
+            self._status = dataclasses.replace(self._status, **changes)  # type: ignore[arg-type]
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        def handle(number: int, frame: FrameType | None) -> None:
+            if self._stopped and number == signal.SIGINT:
+                self.abandon(130)
+            self.stop()
+
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = {number: signal.signal(number, handle) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _session(config: SessionConfig, identity: Identity, directory: object) -> SwarmSession:
+    return Session(config, identity=identity, directory=directory)  # type: ignore[arg-type]
+
+
+def _beside(run_file: Path, data: str) -> str:
+    """A relative path in a run file is relative to the run file, not to the working directory."""
+    return str(run_file.parent / data) if data else ""
+
+
+def _trainer(config: RunConfig) -> Trainer:
+    try:
+        return Trainer(config.trainer)
+    except ValueError as error:  # ModelError, DataError, a device that is not there
+        raise ConfigError(str(error)) from error

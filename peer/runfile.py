@@ -1,0 +1,113 @@
+"""The run file as text: TOML in, TOML out, and the commented one that `shoal init` writes.
+
+Knows nothing of what the fields mean (`peer.config` does), and so loads in milliseconds, without
+torch. Guarantees: what `dump` writes, `parse` reads back as the same values; errors are one line
+with the file's name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from dht.errors import ConfigError
+
+MAX_BYTES = 32 * 1024  # a signed run travels in one DHT record
+
+Tables = dict[str, Any]
+
+
+def starter() -> str:
+    """The commented run file with all defaults."""
+    return files("peer").joinpath("run.toml").read_text(encoding="utf-8")
+
+
+def write_starter(path: Path) -> None:
+    """Write the commented run file.
+
+    Raises:
+        ConfigError: the file exists, or cannot be written.
+    """
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(starter())
+    except FileExistsError as error:
+        raise ConfigError(
+            f"{path} exists and is left as it is: name another file, as in 'shoal init other.toml'"
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+
+
+def read(path: Path) -> str:
+    """The text of a run file.
+
+    Raises:
+        ConfigError: it is missing, unreadable, too long or not UTF-8.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"there is no run file {path}: 'shoal init {path}' writes one to start from"
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"cannot read the run file {path}: {error.strerror}") from error
+    if len(raw) > MAX_BYTES:
+        raise ConfigError(f"{path} is longer than {MAX_BYTES // 1024} KiB: is it a run file?")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not text in UTF-8: is it a run file?") from error
+
+
+def parse(text: str, source: str) -> Tables:
+    """Tables and values of a run file.
+
+    Args:
+        text: TOML.
+        source: what to call it in an error.
+
+    Raises:
+        ConfigError: it is not TOML.
+    """
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(
+            f"{source} is not valid TOML: {str(error)[:200]}; text needs quotes, as in "
+            'name = "my run"'
+        ) from error
+
+
+def dump(tables: Tables) -> str:
+    """TOML text of `tables`: plain values first, then one level of tables."""
+    lines = [
+        f"{key} = {_value(value)}" for key, value in tables.items() if not isinstance(value, dict)
+    ]
+    for name, table in tables.items():
+        if isinstance(table, dict):
+            lines += ["", f"[{name}]", *(f"{key} = {_value(part)}" for key, part in table.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _value(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return repr(value) if math.isfinite(value) else str(value)
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, str):
+        # JSON's escapes are a subset of TOML's, but for DEL, which TOML wants escaped.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_value(part) for part in value)}]"
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{key} = {_value(part)}' for key, part in value.items())} }}"
+    raise TypeError(f"a run file holds no {type(value).__name__}")

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import io
+import json
+import threading
+
+import pytest
+
+from peer.events import DoneEvent, LineWriter, RoundEvent, SummaryEvent, to_json
+
+ROUND = RoundEvent(
+    peer="12D3KooW",
+    round=3,
+    train_loss=2.5,
+    val_loss=2.25,
+    members=4,
+    digest="ab" * 32,
+    samples=240,
+    bytes_sent=1000,
+    bytes_received=2000,
+    allreduce_s=0.25,
+    round_s=7.5,
+)
+
+
+def test_a_round_has_exactly_the_fields_that_scripts_rely_on() -> None:
+    fields = json.loads(to_json(ROUND))
+    assert list(fields) == [
+        "event",
+        "peer",
+        "round",
+        "train_loss",
+        "val_loss",
+        "members",
+        "digest",
+        "samples",
+        "bytes_sent",
+        "bytes_received",
+        "allreduce_s",
+        "round_s",
+    ]
+    assert fields["event"] == "round"
+    assert fields["val_loss"] == 2.25
+
+
+def test_a_summary_has_exactly_the_fields_that_scripts_rely_on() -> None:
+    summary = SummaryEvent(
+        rounds=6,
+        peers=4,
+        first_val_loss=5.5,
+        last_val_loss=3.0,
+        digests_agree=True,
+        wall_s=60.0,
+    )
+    assert json.loads(to_json(summary)) == {
+        "event": "summary",
+        "rounds": 6,
+        "peers": 4,
+        "first_val_loss": 5.5,
+        "last_val_loss": 3.0,
+        "digests_agree": True,
+        "wall_s": 60.0,
+    }
+
+
+def test_what_is_not_finite_is_null() -> None:
+    done = DoneEvent(peer="p", rounds=1, val_loss=float("nan"), digest="")
+    assert json.loads(to_json(done))["val_loss"] is None
+
+
+class Broken(io.StringIO):
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
+def test_a_reader_that_goes_away_is_noticed_once() -> None:
+    noticed: list[str] = []
+    writer = LineWriter(Broken(), lambda: noticed.append("gone"))
+    writer.event(ROUND)
+    writer.event(ROUND)
+    assert noticed == ["gone"]
+    assert writer.broken
+
+
+def test_lines_of_many_threads_stay_whole() -> None:
+    stream = io.StringIO()
+    writer = LineWriter(stream)
+    threads = [
+        threading.Thread(target=lambda: [writer.event(ROUND) for _ in range(100)]) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 400
+    assert set(lines) == {to_json(ROUND)}
+
+
+def test_events_are_frozen() -> None:
+    with pytest.raises(AttributeError):
+        ROUND.round = 4  # type: ignore[misc]

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dht.errors import ConfigError
+from peer.homes import (
+    DaemonFile,
+    Home,
+    claim_slot,
+    forget_dead,
+    is_running,
+    known_homes,
+    read_daemon_file,
+)
+
+DAEMON = DaemonFile(pid=1234, port=5678, token="secret", run="ab" * 20)
+HOLDER = """
+import sys
+from pathlib import Path
+from peer.homes import DaemonFile, claim_slot
+home = claim_slot(Path(sys.argv[1]))
+home.publish(DaemonFile(pid=1, port=2, token="t", run="r"))
+print(home.path.name, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_daemons_of_one_machine_get_different_folders(tmp_path: Path) -> None:
+    with claim_slot(tmp_path) as first, claim_slot(tmp_path) as second:
+        assert [first.path.name, second.path.name] == ["peer-0", "peer-1"]
+        first.release()
+        with claim_slot(tmp_path) as third:
+            assert third.path.name == "peer-0"
+        assert stat.S_IMODE(second.path.stat().st_mode) == 0o700
+
+
+def test_a_folder_in_use_is_refused_by_name(tmp_path: Path) -> None:
+    with Home.claim(tmp_path / "x") as home:
+        home.publish(DAEMON)
+        with pytest.raises(ConfigError, match=r"process 1234.*shoal stop --home") as caught:
+            Home.claim(tmp_path / "x")
+    assert "\n" not in str(caught.value)
+    Home.claim(tmp_path / "x").release()
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="--home"):
+        Home.claim(tmp_path / "file" / "below")
+
+
+def test_daemon_file_is_private_and_goes_with_the_daemon(home: Home) -> None:
+    home.publish(DAEMON)
+    path = home.path / "daemon.json"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert read_daemon_file(home.path) == DAEMON
+    assert is_running(home.path)
+    home.release()
+    assert not path.exists()
+    assert not is_running(home.path)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", "7", '{"pid": "x"}', "\xff"])
+def test_a_damaged_daemon_file_is_no_daemon(home: Home, content: str) -> None:
+    (home.path / "daemon.json").write_text(content, encoding="latin-1")
+    assert read_daemon_file(home.path) is None
+
+
+def test_a_killed_daemon_is_recognised_and_forgotten(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        home = tmp_path / process.stdout.readline().strip()
+        assert is_running(home)
+        forget_dead(home)  # it is not: nothing happens
+        assert read_daemon_file(home) is not None
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not is_running(home)
+        assert read_daemon_file(home) is not None  # what it could not remove
+        forget_dead(home)
+        assert read_daemon_file(home) is None
+    with claim_slot(tmp_path) as again:
+        assert again.path == home
+
+
+def test_known_homes_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for name in ("peer-10", "peer-2", "peer-x", "other"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in known_homes(tmp_path)] == ["peer-2", "peer-10"]
+    Home.claim(tmp_path / "peer-2").release()
+    assert known_homes(tmp_path / "peer-2") == [tmp_path / "peer-2"]
+    assert known_homes(tmp_path / "none") == []

@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import contextlib
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dht.errors import ConfigError
+from peer.link import (
+    MAX_PEERS,
+    Link,
+    check_multiaddr,
+    host_component,
+    is_peer_id,
+    peer_address,
+    wait_for_link_file,
+    write_link_file,
+)
+
+RUN = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def maddr(peer_id: str) -> str:
+    return f"/ip4/203.0.113.7/tcp/4001/p2p/{peer_id}"
+
+
+def refused(text: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        Link.parse(text)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_link_survives_being_written_and_read(peer_id: str) -> None:
+    peers = (
+        f"/ip4/203.0.113.7/tcp/4001/p2p/{peer_id}",
+        f"/dns4/peer.example.org/tcp/1/p2p/{peer_id}",
+        f"/ip6/2001:db8::1/tcp/65535/p2p/{peer_id}",
+    )
+    link = Link(RUN, peers)
+    assert Link.parse(str(link)) == link
+    assert Link.parse(f"  {link}\n") == link
+
+
+def test_a_link_is_readable(maddr: str) -> None:
+    assert str(Link(RUN, (maddr,))) == f"shoal://{RUN}?peer={maddr}"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("http://example.org", "must start with shoal://"),
+        ("", "must start with shoal://"),
+        ("/ip4/1.2.3.4/tcp/1", "address of a peer, not a join link"),
+        ("shoal://abc?peer=/ip4/1.2.3.4", "not 40 hex digits"),
+        (f"shoal://{RUN.upper()}", "not 40 hex digits"),
+        (f"shoal://{RUN}", "names no peer"),
+        (f"shoal://{RUN}?pear=x", "unknown part 'pear'"),
+        (f"shoal://{RUN}/more?peer=x", "does not belong"),
+        (f"shoal://{RUN}?peer=x#y", "does not belong"),
+        (f"shoal://{RUN}?peer=", "not the address of a peer"),
+        (f"shoal://{RUN}?peer=/ip4/1.2.3.4/tcp/1/p2p/12D3KooWshort", "no Ed25519 peer id"),
+        ("shoal://[", "not a join link"),
+        ("shoal://" + "x" * 10_000, "characters"),
+    ],
+)
+def test_a_wrong_link_is_told_what_is_wrong(text: str, says: str) -> None:
+    assert says in refused(text)
+
+
+@pytest.mark.parametrize(
+    ("kind", "host", "port"),
+    [
+        ("ip4", "300.1.1.1", "1"),
+        ("ip4", "::1", "1"),
+        ("ip6", "1.2.3.4", "1"),
+        ("ip6", "fe80::1%eth0", "1"),
+        ("dns4", "-bad-", "1"),
+        ("dns4", "", "1"),
+        ("udp", "1.2.3.4", "1"),
+        ("ip4", "1.2.3.4", "0"),
+        ("ip4", "1.2.3.4", "65536"),
+        ("ip4", "1.2.3.4", "1e3"),
+        ("ip4", "1.2.3.4", "٣"),
+        ("ip4", "1.2.3.4", "9" * 5000),
+    ],
+)
+def test_a_wrong_address_is_refused(kind: str, host: str, port: str, peer_id: str) -> None:
+    with pytest.raises(ConfigError, match="address"):
+        check_multiaddr(f"/{kind}/{host}/tcp/{port}/p2p/{peer_id}")
+
+
+def test_too_many_peers_are_refused(maddr: str) -> None:
+    many = tuple(maddr.replace("4001", str(4001 + n)) for n in range(MAX_PEERS + 1))
+    assert "at most" in refused(f"shoal://{RUN}?" + "&".join(f"peer={one}" for one in many))
+
+
+@given(st.text(max_size=200))
+def test_no_text_does_worse_than_a_config_error(text: str) -> None:
+    for candidate in (
+        text,
+        f"shoal://{text}",
+        f"shoal://{RUN}?{text}",
+        f"shoal://{RUN}?peer={text}",
+    ):
+        with contextlib.suppress(ConfigError):
+            link = Link.parse(candidate)
+            assert Link.parse(str(link)) == link
+
+
+def test_peer_ids(peer_id: str) -> None:
+    assert is_peer_id(peer_id)
+    assert not is_peer_id(peer_id[:-1])
+    assert not is_peer_id(peer_id.replace("12D3", "12D4"))
+    assert not is_peer_id("Qm" + peer_id[2:])
+    assert not is_peer_id(peer_id[:-1] + "0")  # not in the alphabet
+
+
+def test_ping_takes_a_link_or_an_address(maddr: str) -> None:
+    assert peer_address(maddr) == maddr
+    assert peer_address(f"shoal://{RUN}?peer={maddr}") == maddr
+
+
+@pytest.mark.parametrize(
+    ("host", "component"),
+    [
+        ("203.0.113.7", "/ip4/203.0.113.7"),
+        ("2001:db8::1", "/ip6/2001:db8::1"),
+        ("bootstrap", "/dns4/bootstrap"),
+        ("peer_1.example.org", "/dns4/peer_1.example.org"),
+    ],
+)
+def test_announced_hosts_become_multiaddrs(host: str, component: str) -> None:
+    assert host_component(host) == component
+
+
+@pytest.mark.parametrize("host", ["", "a b", "http://x", "256.1.1.1", "x/y"])
+def test_a_wrong_announced_host_is_refused(host: str) -> None:
+    with pytest.raises(ConfigError, match="neither an IP address nor a host name"):
+        host_component(host)
+
+
+def test_link_file_appears_whole(tmp_path: Path, maddr: str) -> None:
+    path, link = tmp_path / "link", Link(RUN, (maddr,))
+    writer = threading.Timer(0.05, write_link_file, (path, link))
+    writer.start()
+    found = wait_for_link_file(path, 10, should_stop=lambda: False, poll_s=0.001)
+    writer.join()
+    assert found == link
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_waiting_for_a_link_file_ends(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="did not appear"):
+        wait_for_link_file(tmp_path / "none", 0.01, should_stop=lambda: False, poll_s=0.001)
+    assert wait_for_link_file(tmp_path / "none", 60, should_stop=lambda: True) is None
+
+
+def test_a_link_file_with_something_else_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "link"
+    path.write_text("hello")
+    with pytest.raises(ConfigError, match=r"holds no link.*must start with shoal://"):
+        wait_for_link_file(path, 1, should_stop=lambda: False)
+
+
+def test_link_file_in_a_missing_folder(tmp_path: Path, maddr: str) -> None:
+    with pytest.raises(ConfigError, match="choose another --link-file"):
+        write_link_file(tmp_path / "no" / "such", Link(RUN, (maddr,)))

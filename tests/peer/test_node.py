@@ -1,0 +1,260 @@
+"""A daemon over a fake swarm: what it trains, says and leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dht.errors import ConfigError, SwarmError, Unreachable
+from dht.identity import Identity
+from dht.records import SignedRun
+from model.trainer import TrainingDiverged
+from peer import output as outputs
+from peer.control import ask_status, ask_stop
+from peer.events import Event, LineWriter, RoundEvent, to_json
+from peer.homes import Home, read_daemon_file
+from peer.link import Link
+from peer.network import NetworkConfig, shown_addresses
+from peer.node import Node, NodeConfig
+
+
+class Recorder:
+    """An output that keeps the events, and may react to them."""
+
+    def __init__(self) -> None:
+        self.events: list[dict[str, Any]] = []
+        self.react: Callable[[str], None] = lambda kind: None
+
+    def write(self, text: str) -> int:
+        event = json.loads(text)
+        self.events.append(event)
+        self.react(event["event"])
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        return [event for event in self.events if event["event"] == kind]
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture
+def make(swarm: Any, home: Home, recorder: Recorder) -> Callable[..., Node]:
+    def made(link: Link | None = None, **settings: Any) -> Node:
+        network = NetworkConfig(identity_path=home.identity_path, host="127.0.0.1", link=link)
+        return Node(
+            NodeConfig(network=network, device="cpu", **settings),
+            home,
+            outputs.JsonOutput(LineWriter(recorder)),
+            open_directory=swarm.open_directory,
+            make_session=swarm.make_session,
+        )
+
+    return made
+
+
+def test_a_run_is_created_trained_and_finished(
+    make: Callable[..., Node], swarm: Any, recorder: Recorder, run_file: Path, tmp_path: Path
+) -> None:
+    assert make(run_file=run_file, link_file=tmp_path / "link").run() == 0
+    kinds = [event["event"] for event in recorder.events]
+    assert kinds == ["link", "joined", "round", "round", "done"]
+    first, second = recorder.of("round")
+    (done,) = recorder.of("done")
+    assert (first["round"], second["round"], done["rounds"]) == (0, 1, 2)
+    # The initial model of 256 tokens knows nothing: ln 256.
+    assert first["val_loss"] == pytest.approx(5.545, abs=0.05)
+    assert second["val_loss"] < first["val_loss"]
+    assert done["val_loss"] < second["val_loss"]
+    assert done["digest"] == second["digest"]
+    (session,) = swarm.sessions
+    assert session.samples == [6, 6]  # three steps of two
+    assert first["samples"] == 6
+    (link,) = recorder.of("link")
+    assert (tmp_path / "link").read_text().strip() == link["link"]
+    assert Link.parse(link["link"]).run_id == session.config.run_id == link["run"]
+
+
+def test_the_run_is_published_signed_and_without_private_paths(
+    make: Callable[..., Node], swarm: Any, recorder: Recorder, run_file: Path, home: Home
+) -> None:
+    make(run_file=run_file, data=str(run_file.parent / "text.txt")).run()
+    (raw,) = swarm.network.runs.values()
+    run = SignedRun.from_bytes(raw)
+    assert run.creator == Identity.load(home.identity_path).peer_id
+    assert str(run_file.parent) not in run.run_file.decode()
+    assert 'path = "text.txt"' in run.run_file.decode()
+
+
+def published(swarm: Any, text: str) -> Link:
+    """A run that somebody else has created."""
+    creator = Identity.generate()
+    run = SignedRun.sign(creator, text.encode(), time.time())
+    swarm.network.runs[run.run_id] = run.to_bytes()
+    return Link(run.run_id, (f"/ip4/127.0.0.1/tcp/4001/p2p/{creator.peer_id}",))
+
+
+def test_a_run_is_joined_with_its_own_settings(
+    make: Callable[..., Node], swarm: Any, recorder: Recorder, run_file: Path, corpus: Path
+) -> None:
+    link = published(swarm, run_file.read_text())
+    assert make(link=link, data=str(corpus)).run() == 0
+    assert [event["round"] for event in recorder.of("round")] == [0, 1]
+    assert swarm.configs[0].initial_peers == link.peers
+    assert swarm.sessions[0].config.run_id == link.run_id
+
+
+def test_a_strangers_run_file_opens_no_file_of_ours(
+    make: Callable[..., Node], swarm: Any, recorder: Recorder
+) -> None:
+    link = published(swarm, "[data]\npath = '/etc/passwd'\n")
+    with pytest.raises(ConfigError, match="--data PATH"):
+        make(link=link).run()
+    assert recorder.of("joined") == []
+
+
+def test_a_strangers_broken_run_file_is_one_line(make: Callable[..., Node], swarm: Any) -> None:
+    link = published(swarm, "[model]\nlayers = 1000000000\n")
+    with pytest.raises(ConfigError, match="layers = 1000000000"):
+        make(link=link).run()
+
+
+def test_a_run_that_nobody_knows(
+    make: Callable[..., Node], peer_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peer.network._FIND_PAUSE_S", 0.0)
+    link = Link("ab" * 20, (f"/ip4/127.0.0.1/tcp/4001/p2p/{peer_id}",))
+    with pytest.raises(ConfigError, match=r"no run behind this link.*ask for a new link"):
+        make(link=link).run()
+
+
+def test_missing_data_keep_a_run_from_being_published(
+    make: Callable[..., Node], swarm: Any, run_file: Path, corpus: Path
+) -> None:
+    corpus.unlink()
+    with pytest.raises(ConfigError, match=r"text\.txt"):
+        make(run_file=run_file).run()
+    assert swarm.network.runs == {}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_makes_it_leave_politely(
+    make: Callable[..., Node],
+    swarm: Any,
+    recorder: Recorder,
+    run_file: Path,
+    number: signal.Signals,
+) -> None:
+    before = signal.getsignal(number)
+    run_file.write_text(run_file.read_text().replace("rounds = 2", "rounds = 0"))
+    recorder.react = lambda kind: os.kill(os.getpid(), number) if kind == "round" else None
+    assert make(run_file=run_file).run() == 0
+    assert swarm.sessions[0].politely
+    assert recorder.events[-1]["event"] == "left"
+    assert recorder.events[-1]["rounds"] >= 1
+    assert recorder.of("done") == []
+    assert signal.getsignal(number) == before
+
+
+def test_status_and_stop_from_another_process_reach_it(
+    make: Callable[..., Node], recorder: Recorder, run_file: Path, home: Home
+) -> None:
+    run_file.write_text(run_file.read_text().replace("rounds = 2", "rounds = 0"))
+    seen: list[Any] = []
+
+    def ask() -> None:
+        daemon = read_daemon_file(home.path)
+        assert daemon is not None
+        seen.append((daemon, ask_status(daemon)))
+        seen.append(ask_stop(daemon))
+
+    asker = threading.Thread(target=ask)
+    recorder.react = lambda kind: asker.start() if kind == "round" and not asker.ident else None
+    assert make(run_file=run_file).run() == 0
+    asker.join()
+    (daemon, status), stopped = seen
+    assert stopped
+    assert daemon.pid == status.pid == os.getpid()
+    assert daemon.run == status.run == recorder.of("link")[0]["run"]
+    assert (status.name, status.peers, status.bytes_sent) == ("small", 1, 100)
+    assert status.val_loss is not None
+    assert status.tokens_per_s > 0
+    assert recorder.events[-1]["event"] == "left"
+
+
+def test_a_dead_network_is_said_in_one_line(
+    make: Callable[..., Node], swarm: Any, run_file: Path
+) -> None:
+    swarm.fail = Unreachable("12D3", "the swarm is gone")
+    with pytest.raises(SwarmError, match="the swarm is gone"):
+        make(run_file=run_file).run()
+
+
+def test_a_bug_in_the_network_is_said_too(
+    make: Callable[..., Node], swarm: Any, run_file: Path
+) -> None:
+    swarm.fail = ZeroDivisionError("oops")
+    with pytest.raises(SwarmError, match="network thread failed: ZeroDivisionError: oops"):
+        make(run_file=run_file).run()
+
+
+def test_divergence_leaves_politely_and_says_what_may_help(
+    make: Callable[..., Node], swarm: Any, run_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverge(self: object) -> None:
+        raise TrainingDiverged(3, float("nan"))
+
+    monkeypatch.setattr("model.trainer.Trainer.step", diverge)
+    with pytest.raises(SwarmError, match="lower learning rate"):
+        make(run_file=run_file).run()
+    assert swarm.sessions[0].politely
+
+
+def test_finish_after_ends_the_run_there(
+    make: Callable[..., Node], recorder: Recorder, run_file: Path
+) -> None:
+    run_file.write_text(run_file.read_text().replace("rounds = 2", "rounds = 0"))
+    node = make(run_file=run_file)
+    node.finish_after(2)  # before there is a session
+    assert node.run() == 0
+    assert [event["round"] for event in recorder.of("round")] == [0, 1, 2]
+    assert recorder.events[-1]["event"] == "done"
+
+
+def test_links_name_addresses_that_help(peer_id: str) -> None:
+    tail = f"/p2p/{peer_id}"
+    outside, inside = f"/ip4/10.0.0.1/tcp/1{tail}", f"/ip4/127.0.0.1/tcp/1{tail}"
+    quic = f"/ip4/10.0.0.1/udp/1/quic{tail}"
+    assert shown_addresses((outside, quic, inside)) == (outside,)
+    assert shown_addresses((inside,)) == (inside,)
+
+
+def test_json_output_is_what_the_events_say(recorder: Recorder) -> None:
+    event: Event = RoundEvent(
+        peer="p",
+        round=0,
+        train_loss=1.0,
+        val_loss=1.0,
+        members=1,
+        digest="",
+        samples=1,
+        bytes_sent=1,
+        bytes_received=1,
+        allreduce_s=1.0,
+        round_s=1.0,
+    )
+    outputs.JsonOutput(LineWriter(recorder)).event(event)
+    assert recorder.events == [json.loads(to_json(event))]
