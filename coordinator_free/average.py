@@ -146,6 +146,9 @@ class AverageReader:
         self._elements += chunk.elements
         if chunk.elements == 0 or self._elements > self._numel:
             raise ValueError("the chunks of an average do not add up")
+        # No codec takes more than float32 does: bounds the memory before `finish` validates.
+        if len(chunk.payload) > 4 * chunk.elements:
+            raise ValueError("a chunk of an average is over-long")
         self._chunks.append(chunk)
 
     def finish(self, root: bytes) -> Average:

@@ -115,10 +115,13 @@ class Reducer:
         Raises:
             RoundError: a chunk got no contribution at all.
         """
+        loop = asyncio.get_running_loop()
         for index, (start, stop) in enumerate(self._bounds):
             payloads = {}
+            # One clock for all: contributors that stall together must not add up to the deadline.
+            until = loop.time() + self._stall_s
             for contribution in self._plan.contributions:
-                payload = await self._next(contribution.peer_id)
+                payload = await self._next(contribution.peer_id, until)
                 if payload is not None:
                     payloads[contribution.peer_id] = payload
             if not payloads:
@@ -129,16 +132,19 @@ class Reducer:
                 self._reduced += chunk
                 self._news.notify_all()
 
-    async def _next(self, peer: str) -> bytes | memoryview | None:
+    async def _next(self, peer: str, until: float) -> bytes | memoryview | None:
         queue = self._queues[peer]
         if peer in self._lost and queue.empty():
             return None
         try:
-            async with asyncio.timeout(self._stall_s):
+            async with asyncio.timeout_at(until):
                 return await queue.get()
         except TimeoutError:
             logger.warning("butterfly.contributor_stalled peer=%s", peer)
             self._lost.add(peer)
+            # What slipped in at the last moment is of this chunk: it must not pass for the next.
+            while not queue.empty():
+                queue.get_nowait()
             return None
 
     def _reduce(
@@ -215,6 +221,7 @@ class Butterfly:
         self._connect = connect
         self._executor = executor
         self._failures: dict[str, BaseException] = {}  # by reducer
+        self._served: set[str] = set()
         mine = [n for n, piece in enumerate(plan.slices) if piece.reducer == me]
         self._reducer = Reducer(plan, mine[0], self._compute) if mine else None
 
@@ -252,6 +259,10 @@ class Butterfly:
         """
         if self._reducer is None or sender not in self._plan.receivers:
             raise ProtocolViolation(sender, "opened an exchange that it has no part in")
+        if sender in self._served:
+            # Chunks of two streams would mix in one queue, of other lengths than the plan's.
+            raise ProtocolViolation(sender, "opened the same exchange twice")
+        self._served.add(sender)
         # No TaskGroup: one must not stay open across a generator's yields. The generator's end,
         # which the transport brings about in every case, ends the task.
         reading = asyncio.create_task(self._take(self._reducer, sender, frames))

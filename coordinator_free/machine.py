@@ -62,6 +62,7 @@ from coordinator_free.messages import (
 )
 
 BEHIND_S = 1.0  # how long a message from a later height may overtake the commit before it
+MAX_BALLOT = 2**63  # nobody gets there by taking turns
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -425,7 +426,11 @@ class Machine:
     def _suspect_leader(self, now: float) -> None:
         while self.leader != self.me.peer_id and not self.finished:
             silent = now - self._leader_heard > self.config.suspect_s
-            if not silent and not self.membership.is_down(self.leader):
+            # Where this peer cannot lead and all who can are down, there is nobody to turn to.
+            down = self.membership.is_down(self.leader) and not all(
+                self.membership.is_down(peer) for peer in self._order
+            )
+            if not silent and not down:
                 return
             self._to_ballot(self.ballot + 1, now)
 
@@ -457,11 +462,18 @@ class Machine:
     def _on_future(self, sender: str, message: Message, now: float) -> None:
         # The commit of our height may be on its way still: messages of different peers overtake
         # each other. Kept, one of a kind and sender, until it arrives or the catch-up does.
-        if self._ahead is None:
-            self._ahead = (sender, now)
-        known = sender in self.head.peers or self.membership.member(sender) is not None
-        if known and len(self._early) < 4 * len(self.head.roster) + 16:
+        if not self._is_ahead(sender, now):
+            return
+        if len(self._early) < 4 * len(self.head.roster) + 16:
             self._early[(sender, type(message))] = message
+
+    def _is_ahead(self, sender: str, now: float) -> bool:
+        """Remember who to catch up with; False for a stranger, who has no address to ask."""
+        if sender not in self.head.peers and self.membership.member(sender) is None:
+            return False
+        # The last to speak is asked: the first may be dead by now.
+        self._ahead = (sender, now if self._ahead is None else self._ahead[1])
+        return True
 
     def _on_join(self, sender: str, join: Join, now: float) -> None:
         if join.member.peer_id != sender:
@@ -492,7 +504,8 @@ class Machine:
                     self._to_ballot(message.ballot, now)
                 self._leader_heard = now
             case Refused() if for_me:
-                if self._leadership is not None and message.promised > self.ballot:
+                # Above MAX_BALLOT the next turns would run out of 64 bits.
+                if self._leadership is not None and self.ballot < message.promised <= MAX_BALLOT:
                     self._to_ballot(message.promised, now)
                 return
             case _ if for_me and message.ballot > self.ballot:
@@ -622,7 +635,7 @@ class Machine:
         if outcome.height < self.head.height:
             return
         if outcome.height > self.head.height or outcome.previous != self.head.digest:
-            self._ahead = self._ahead or (sender, now)
+            self._is_ahead(sender, now)
         elif self._supersedes(commit.certificate) and self.verifies(commit.certificate):
             self._decided = commit
             self._data_arrived(now)

@@ -30,6 +30,7 @@ class Membership:
 
     def enter(self, head: Head) -> None:
         """A height was decided: those who got in or out are no longer pending."""
+        before = {member.peer_id: member.session for member in self.head.roster}
         self.head = head
         self._book.update({member.peer_id: member for member in head.roster})
         seated = {member.peer_id: member.session for member in head.roster}
@@ -38,11 +39,13 @@ class Membership:
             for peer, (join, heard) in self._joins.items()
             if seated.get(peer) != join.member.session
         }
-        self._leavers &= set(seated)
+        # A new session of somebody who asked to leave has come to stay.
+        self._leavers = {p for p in self._leavers & set(seated) if seated[p] == before.get(p)}
         self._down = {peer: since for peer, since in self._down.items() if peer in seated}
         keep = seated.keys() | self._joins.keys()
-        while len(self._book) > MAX_MEMBERS:
-            del self._book[next(peer for peer in self._book if peer not in keep)]
+        spare = [peer for peer in self._book if peer not in keep]
+        for peer in spare[: max(0, len(self._book) - MAX_MEMBERS)]:
+            del self._book[peer]
 
     def member(self, peer_id: str) -> Member | None:
         """The last known seat and address of a peer, also of one that has just left."""
@@ -61,7 +64,13 @@ class Membership:
         """A peer that holds the state before some height asks for a seat."""
         peer = join.member.peer_id
         if peer not in self._joins and len(self._joins) >= MAX_MEMBERS:
-            return
+            self._joins = {
+                other: entry
+                for other, entry in self._joins.items()
+                if now - entry[1] <= JOIN_FRESH_S
+            }
+            if len(self._joins) >= MAX_MEMBERS:
+                return
         self._joins[peer] = (join, now)
         self._book[peer] = join.member
 

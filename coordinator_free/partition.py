@@ -20,8 +20,8 @@ def equal_slices(numel: int, reducers: Sequence[str]) -> tuple[Slice, ...]:
 
     Args:
         numel: length of the vector, at least 1.
-        reducers: peer ids, in roster order. With more reducers than aligned pieces the last ones
-            get nothing and are not named in the result.
+        reducers: peer ids, in roster order. With more reducers than aligned pieces some get
+            nothing and are not named in the result.
 
     Returns:
         Slices in order, without gaps, that cover [0, numel); sizes differ by at most one aligned

@@ -224,12 +224,20 @@ class Session:
 
     # -- the network's side -------------------------------------------------------------------
 
-    async def run(self, initial_N: Tensor | None, maddrs: Callable[[], tuple[str, ...]]) -> None:
+    async def run(
+        self,
+        initial_N: Tensor | None,
+        maddrs: Callable[[], tuple[str, ...]],
+        *,
+        rejoin_s: float = 0.0,
+    ) -> None:
         """Found the swarm or join it, and take part until stopped or finished.
 
         Args:
             initial_N: (N,) float32 initial parameters to found the swarm with; None joins it.
             maddrs: this peer's dialable addresses, for its record.
+            rejoin_s: with `initial_N`: first look so long for peers that have the run already. For
+                a founder that was restarted.
 
         Raises:
             ConfigError: an address cannot be listened on.
@@ -255,7 +263,7 @@ class Session:
                     on_delivered=self._on_delivered,
                     on_failed=self._on_failed,
                 )
-                if await self._get_state(me, initial_N):
+                if await self._get_state(me, initial_N, rejoin_s):
                     tasks.create_task(self._announce(me, maddrs))
                     tasks.create_task(self._watch())
                     await self._take_part()
@@ -270,19 +278,26 @@ class Session:
             await self._server.close(grace_s=1.0)
             self._executor.shutdown(wait=False, cancel_futures=True)
 
-    async def _get_state(self, me: Member, initial_N: Tensor | None) -> bool:
+    async def _get_state(self, me: Member, initial_N: Tensor | None, rejoin_s: float) -> bool:
         """Begin with a state and the certificate that names it; False if stopped before."""
-        if initial_N is not None:
-            root = await asyncio.to_thread(
-                state_root, self.config.layout, initial_N, torch.zeros_like(initial_N)
-            )
-            state = State(initial_N, torch.zeros_like(initial_N), root)
-            certificate = certificates.found(self.config.run_id, me, self._identity, root)
-        else:
-            found = await self._find_state()
-            if found is None:
-                return False
+        found = None
+        if initial_N is None:
+            found = await self._find_state(FIND_S)
+        elif rejoin_s:
+            try:
+                found = await self._find_state(rejoin_s)
+            except StateError as error:
+                logger.info("session.found_anew %s", error)
+        if self._stop_asked:
+            return False
+        if found is not None:
             state, certificate = found
+        else:
+            assert initial_N is not None
+            momentum_N = torch.zeros_like(initial_N)
+            root = await asyncio.to_thread(state_root, self.config.layout, initial_N, momentum_N)
+            state = State(initial_N, momentum_N, root)
+            certificate = certificates.found(self.config.run_id, me, self._identity, root)
         now = self._now()
         self._head_since = self._round_began = now
         self._traffic_before = self._traffic()
@@ -302,11 +317,18 @@ class Session:
         self._do(self._machine.start(now))
         return True
 
-    async def _find_state(self) -> tuple[State, Certificate] | None:
-        """Ask the run's peers where they stand and take the furthest state from who has it."""
+    async def _find_state(self, find_s: float) -> tuple[State, Certificate] | None:
+        """Ask the run's peers where they stand and take the furthest state from who has it.
+
+        Returns:
+            None when asked to stop meanwhile.
+
+        Raises:
+            StateError: nobody had one within `find_s`.
+        """
         last: SwarmError = StateError("no peer of this run is in the directory")
         try:
-            async with asyncio.timeout(FIND_S):
+            async with asyncio.timeout(find_s):
                 while not self._stop_asked:
                     try:
                         contacts = await self._others()
@@ -320,7 +342,7 @@ class Session:
                         logger.info("session.no_state_yet %s", error)
                     await asyncio.sleep(TICK_S)
         except TimeoutError as error:
-            raise StateError(f"no state of the run was found in {FIND_S:g} s: {last}") from error
+            raise StateError(f"no state of the run was found in {find_s:g} s: {last}") from error
         return None
 
     async def _others(self) -> list[Contact]:

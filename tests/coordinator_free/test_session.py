@@ -43,10 +43,14 @@ class Swarm:
         self.peers: list[Peer] = []
 
     def start(
-        self, work: Callable[[Tensor, int], Tensor] | None = None, *, samples: int = 10
+        self,
+        work: Callable[[Tensor, int], Tensor] | None = None,
+        *,
+        samples: int = 10,
+        founder_again: bool = False,
     ) -> Peer:
         """One more peer; the first one founds the swarm."""
-        identity = Identity.generate()
+        identity = self.identities[0] if founder_again else Identity.generate()
         self.identities.append(identity)
         session = Session(
             SessionConfig(
@@ -60,7 +64,8 @@ class Swarm:
             identity=identity,
             directory=InMemoryDirectory(identity, self.records),
         )
-        initial = torch.zeros(NUMEL) if not self.peers else None
+        initial = torch.zeros(NUMEL) if founder_again or not self.peers else None
+        rejoin_s = 3.0 if founder_again else 0.0
         number = len(self.peers)
         results: list[RoundResult] = []
 
@@ -81,7 +86,7 @@ class Swarm:
 
         peer = Peer(
             session,
-            asyncio.create_task(session.run(initial, lambda: ())),
+            asyncio.create_task(session.run(initial, lambda: (), rejoin_s=rejoin_s)),
             threading.Thread(target=train, daemon=True),
             results,
         )
@@ -184,6 +189,29 @@ async def test_a_peer_that_vanishes_does_not_stop_the_others() -> None:
         last = [rounds_of(peer) for peer in four.peers]
         shared = set.intersection(*(set(one) for one in last))
         assert all(len({one[r] for one in last}) == 1 for r in shared)
+
+
+async def test_a_restarted_founder_goes_on_with_those_who_stayed() -> None:
+    async with swarm(RoundConfig(start_peers=2)) as two:
+        founder, second = two.start(), two.start()
+        await two.until(lambda: len(second.results) >= 2)
+        two.peers.remove(founder)
+        founder.network.cancel()
+        await asyncio.gather(founder.network, return_exceptions=True)
+        again = two.start(founder_again=True)
+        await two.until(lambda: any(result.included for result in again.results), 60)
+        first = again.results[0]
+        assert first.round >= 2
+        await two.until(lambda: first.round in rounds_of(second))
+        assert rounds_of(second)[first.round] == first.digest
+
+
+async def test_a_founder_that_finds_nobody_founds() -> None:
+    async with swarm(RoundConfig(rounds=1)) as one:
+        one.identities.append(Identity.generate())
+        alone = one.start(founder_again=True)
+        await asyncio.wait_for(alone.network, 40)
+        assert [result.round for result in alone.results] == [0]
 
 
 async def test_broken_values_of_one_peer_stay_out_of_the_average() -> None:

@@ -1,0 +1,321 @@
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import AsyncIterator, Iterable
+from typing import cast
+
+import pytest
+import torch
+from blake3 import blake3
+
+from coordinator_free import wire
+from coordinator_free.average import Average, Chunk
+from coordinator_free.certificates import ACCEPT_DOMAIN, found, signed_text
+from coordinator_free.codecs import codec
+from coordinator_free.contact import Contact
+from coordinator_free.messages import (
+    NO_DIGEST,
+    U64_MAX,
+    Certificate,
+    FetchOutcome,
+    FetchState,
+    Heads,
+    Hello,
+    Kind,
+    Leave,
+    Member,
+    Message,
+    Outcome,
+    Signature,
+)
+from coordinator_free.outer import NesterovOuter, OuterConfig
+from coordinator_free.replica import Replica, State, state_root
+from coordinator_free.transfer import Transfer, answer_hello, serve
+from coordinator_free.transport import Client
+from dht.errors import PeerError, ProtocolViolation, StateError, Unreachable
+from tests.sim.world import RUN, Key, check
+
+NUMEL = 500
+LAYOUT = "layout"
+
+
+def seat(name: str) -> Member:
+    return Member(
+        peer_id=name,
+        session=1,
+        hosts=("host",),
+        port=1,
+        certificate_sha256=NO_DIGEST,
+        can_reduce=True,
+    )
+
+
+def contact(name: str) -> Contact:
+    return seat(name).contact
+
+
+def signed(
+    outcome: Outcome, *voters: str, run: str = RUN, provisional: bool = False
+) -> Certificate:
+    text = signed_text(run, 0, outcome)
+    return Certificate(
+        outcome=outcome,
+        ballot=0,
+        provisional=provisional,
+        signatures=tuple(
+            Signature(peer_id=v, signature=Key(v).sign(ACCEPT_DOMAIN, text)) for v in voters
+        ),
+    )
+
+
+def follow(before: Outcome, roster: str = "abc", *, samples: int = 10) -> Outcome:
+    return Outcome(
+        height=before.height + 1,
+        round=before.round + 1,
+        kind=Kind.AVERAGE,
+        previous=wire.head_digest(before),
+        plan=NO_DIGEST,
+        vector_root=NO_DIGEST,
+        state_root=blake3(before.state_root).digest(),
+        samples=before.samples + samples,
+        contributions=(),
+        roster=tuple(seat(name) for name in roster),
+    )
+
+
+FIRST = found(RUN, seat("a"), Key("a"), blake3(b"initial").digest())
+SECOND = signed(follow(FIRST.outcome), "a")
+THIRD = signed(follow(SECOND.outcome, "bcd"), "a", "c")
+FOURTH = signed(follow(THIRD.outcome), "b", "d")
+
+
+class Peers:
+    """Answers as the test wants, in place of a network."""
+
+    def __init__(self) -> None:
+        self.replies: dict[str, bytes | PeerError] = {}
+        self.frames: list[bytes | PeerError] = []
+        self.asked: list[Message | FetchState | FetchOutcome] = []
+
+    def shows(self, peer: str, *certificates: Certificate) -> None:
+        self.replies[peer] = wire.encode(Heads(certificates=certificates))
+
+    async def deliver(self, to: Contact, message: bytes, timeout_s: float) -> bytes:
+        self.asked.append(wire.decode(message))
+        reply = self.replies.get(to.peer_id, Unreachable(to.peer_id, "gone"))
+        if isinstance(reply, PeerError):
+            raise reply
+        return reply
+
+    async def fetch(
+        self, to: Contact, request: bytes, idle_timeout_s: float
+    ) -> AsyncIterator[bytes]:
+        self.asked.append(wire.decode_fetch(request))
+        for frame in self.frames:
+            if isinstance(frame, PeerError):
+                raise frame
+            yield frame
+
+
+@pytest.fixture
+def peers() -> Peers:
+    return Peers()
+
+
+@pytest.fixture
+def transfer(peers: Peers) -> Transfer:
+    return Transfer(
+        client=cast(Client, peers),
+        run_id=RUN,
+        creator="a",
+        layout=LAYOUT,
+        numel=NUMEL,
+        check=check,
+    )
+
+
+# -- heads ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "chain", [(FIRST,), (FIRST, SECOND), (SECOND, THIRD), (FIRST, SECOND, THIRD, FOURTH)]
+)
+async def test_a_signed_head_on_a_chain_is_believed(
+    peers: Peers, transfer: Transfer, chain: tuple[Certificate, ...]
+) -> None:
+    peers.shows("x", *chain)
+    assert await transfer.newest(contact("x")) == chain[-1]
+    assert peers.asked == [Hello(height=U64_MAX)]
+
+
+def changed(certificate: Certificate, **changes: object) -> Certificate:
+    outcome = dataclasses.replace(certificate.outcome, **changes)
+    return dataclasses.replace(certificate, outcome=outcome)
+
+
+UNPROVEN = {
+    "without the one before": (THIRD,),
+    "on another chain": (SECOND, signed(follow(FOURTH.outcome), "a", "b")),
+    "not connected": (SECOND, signed(changed(THIRD, previous=NO_DIGEST).outcome, "a", "b")),
+    "changed after signing": (SECOND, changed(THIRD, samples=10**6)),
+    "unsigned": (SECOND, signed(THIRD.outcome)),
+    "signed by too few": (SECOND, signed(THIRD.outcome, "a")),
+    "signed by the next roster": (SECOND, signed(THIRD.outcome, "b", "c", "d")),
+    "of another run": (SECOND, signed(THIRD.outcome, "a", "b", run="11" * 20)),
+    "founded by somebody else": (found(RUN, seat("b"), Key("b"), NO_DIGEST),),
+}
+
+
+@pytest.mark.parametrize("chain", UNPROVEN.values(), ids=UNPROVEN)
+async def test_a_head_that_is_not_proven_is_a_violation(
+    peers: Peers, transfer: Transfer, chain: tuple[Certificate, ...]
+) -> None:
+    peers.replies["x"] = wire.encode(
+        Heads(
+            certificates=tuple(
+                changed(c, height=chain[0].outcome.height + n)
+                if c.outcome.height != chain[0].outcome.height + n
+                else c
+                for n, c in enumerate(chain)
+            )
+        )
+    )
+    with pytest.raises(ProtocolViolation) as refusal:
+        await transfer.newest(contact("x"))
+    assert refusal.value.peer_id == "x"
+
+
+@pytest.mark.parametrize("reply", [b"", b"\xff" * 9, wire.encode(Leave(height=1))])
+async def test_another_answer_than_heads_is_a_violation(
+    peers: Peers, transfer: Transfer, reply: bytes
+) -> None:
+    peers.replies["x"] = reply
+    with pytest.raises(ProtocolViolation):
+        await transfer.heads(contact("x"), 3)
+
+
+async def test_the_furthest_proven_head_wins_whoever_else_fails_or_lies(
+    peers: Peers, transfer: Transfer
+) -> None:
+    peers.shows("behind", FIRST, SECOND)
+    peers.shows("ahead", SECOND, THIRD)
+    peers.shows("liar", THIRD, signed(follow(THIRD.outcome, samples=10**9), "a"))
+    names: Iterable[str] = ("liar", "dead", "behind", "ahead")
+    assert await transfer.best(map(contact, names)) == (THIRD, contact("ahead"))
+    with pytest.raises(StateError, match="none of 2"):
+        await transfer.best(map(contact, ("liar", "dead")))
+
+
+async def test_more_samples_outrank_more_heights(peers: Peers, transfer: Transfer) -> None:
+    branch = signed(follow(SECOND.outcome, samples=10**6), "a", "b")
+    peers.shows("samples", SECOND, branch)
+    peers.shows("heights", THIRD, FOURTH)
+    best, donor = await transfer.best([contact("heights"), contact("samples")])
+    assert (best, donor.peer_id) == (branch, "samples")
+
+
+# -- answering --------------------------------------------------------------------------------
+
+
+def replica(certificates: tuple[Certificate, ...]) -> Replica:
+    theta_N = torch.arange(float(NUMEL))
+    momentum_N = -theta_N
+    state = State(theta_N, momentum_N, state_root(LAYOUT, theta_N, momentum_N))
+    held = Replica(
+        LAYOUT,
+        NesterovOuter(OuterConfig()),
+        state,
+        found(RUN, seat("a"), Key("a"), state.root),
+    )
+    held.certificates.clear()
+    held.certificates.extend(certificates)
+    return held
+
+
+ALL = (FIRST, SECOND, THIRD, FOURTH)
+
+
+@pytest.mark.parametrize(
+    ("kept", "height", "answer"),
+    [
+        (ALL, 0, ALL),
+        (ALL, 2, (THIRD, FOURTH)),
+        (ALL, 3, (FOURTH,)),
+        (ALL, 4, (THIRD, FOURTH)),  # not decided yet
+        (ALL, U64_MAX, (THIRD, FOURTH)),
+        (ALL[1:], 0, (THIRD, FOURTH)),  # not kept any more
+        ((FOURTH,), 0, (FOURTH,)),
+    ],
+)
+def test_hello_is_answered_from_the_asked_height_or_with_the_newest_two(
+    kept: tuple[Certificate, ...], height: int, answer: tuple[Certificate, ...]
+) -> None:
+    reply = wire.decode(answer_hello(replica(kept), Hello(height=height)))
+    assert reply == Heads(certificates=answer)
+
+
+def test_an_answer_is_cut_to_what_one_message_holds() -> None:
+    roster = tuple(
+        dataclasses.replace(seat(f"p{number:04}"), hosts=("h" * 250,) * 16) for number in range(100)
+    )
+    large = [changed(FIRST, height=height, roster=roster) for height in range(4)]
+    raw = answer_hello(replica(tuple(large)), Hello(height=0))
+    reply = wire.decode(raw)
+    assert isinstance(reply, Heads)
+    assert reply.certificates == tuple(large[:2])
+    assert len(raw) <= wire.MAX_MESSAGE_BYTES
+
+
+# -- states and averages ----------------------------------------------------------------------
+
+
+def average() -> Average:
+    payload = bytes(codec("int4").encode(torch.ones(NUMEL)))
+    return Average("int4", [Chunk(0, 0, NUMEL, b"\x01", payload)])
+
+
+async def all_of(frames: AsyncIterator[bytes]) -> list[bytes]:
+    return [frame async for frame in frames]
+
+
+async def test_what_is_served_can_be_downloaded(peers: Peers, transfer: Transfer) -> None:
+    donor = replica((FIRST,))
+    request = FetchState(state_root=donor.state.root)
+    peers.frames = [*await all_of(serve(donor, "me", request))]
+    got = await transfer.state(contact("x"), donor.state.root)
+    assert torch.equal(got.theta_N, donor.state.theta_N)
+    assert torch.equal(got.momentum_N, donor.state.momentum_N)
+    donor.consider(one := average())
+    peers.frames = [*await all_of(serve(donor, "me", FetchOutcome(vector_root=one.root)))]
+    assert (await transfer.average(contact("x"), one.root)).root == one.root
+    assert peers.asked == [request, FetchOutcome(vector_root=one.root)]
+
+
+async def test_what_is_not_held_is_not_served() -> None:
+    for request in (FetchState(state_root=NO_DIGEST), FetchOutcome(vector_root=NO_DIGEST)):
+        with pytest.raises(StateError):
+            await all_of(serve(replica((FIRST,)), "me", request))
+
+
+async def test_a_donor_that_sends_something_else_or_breaks_off_is_named(
+    peers: Peers, transfer: Transfer
+) -> None:
+    donor = replica((FIRST,))
+    state = [*donor.state.frames()]
+    encoded = [*average().frames()]
+    unknown = wire.pack_frame(wire.FrameHeader(codec="zip"))
+    for frames in ([], state[:1], state[::-1], [*state, state[0]], [b"\xff"], encoded):
+        peers.frames = [*frames]
+        with pytest.raises(ProtocolViolation) as refusal:
+            await transfer.state(contact("x"), donor.state.root)
+        assert refusal.value.peer_id == "x"
+    with pytest.raises(ProtocolViolation):  # another state than asked for
+        peers.frames = [*state]
+        await transfer.state(contact("x"), NO_DIGEST)
+    for frames in ([], encoded[:1], [*encoded, encoded[1]], [unknown, encoded[1]], state):
+        peers.frames = [*frames]
+        with pytest.raises(ProtocolViolation):
+            await transfer.average(contact("x"), average().root)
+    with pytest.raises(Unreachable):
+        peers.frames = [state[0], Unreachable("x", "gone")]
+        await transfer.state(contact("x"), donor.state.root)
