@@ -290,7 +290,10 @@ class Leadership:
         blocks by the roster that it began with.
         """
         head = self._machine.head
-        roster: tuple[Member, ...] = self._machine.membership.next_roster(
+        members = self._machine.membership
+        if all(members.leaving(peer) for peer in head.peers):
+            return
+        roster: tuple[Member, ...] = members.next_roster(
             now, without=without, admit=self._machine.gathering
         )
         self._propose(

@@ -200,6 +200,8 @@ class Machine:
         self._out: list[Action] = []
         self._to_self: deque[Message] = deque()
         self._leaving = False
+        self._left = False
+        self._leadership: Leadership | None = None
         self._rounds = config.rounds
         self._worked: tuple[int, int] | None = None  # round, samples: done and not yet averaged
         self._working: int | None = None  # round that the trainer is busy with
@@ -225,6 +227,7 @@ class Machine:
 
     def tick(self, now: float) -> list[Action]:
         """Time passed; call it at least every few hundred milliseconds."""
+        self._part()
         if self.is_member:
             self._suspect_leader(now)
             if self._leadership is not None:
@@ -290,9 +293,8 @@ class Machine:
         if not self._leaving:
             self._leaving = True
             self.membership.leave(self.me.peer_id)
-            if not self.is_member or len(self.head.roster) == 1:
-                self._out.append(Left())
             self._repeat_at = now
+            self._part()
         return self._drain(now)
 
     def finish_after(self, round: int, now: float) -> list[Action]:
@@ -385,10 +387,9 @@ class Machine:
         self._repeat_at = now
         if self.finished:
             self._out.append(Finished())
-        elif self._leaving and not self.is_member:
-            self._out.append(Left())
         elif self.is_member:
             self._begin_work()
+        self._part()
         self._to_ballot(0, now)
         early, self._early = self._early, {}
         for (sender, _), message in early.items():
@@ -410,14 +411,27 @@ class Machine:
                 seat = self.head.peers.index(self.me.peer_id)
                 self._out.append(StartWork(round=round, seat=seat, seats=len(self.head.roster)))
 
+    def _part(self) -> None:
+        """A leaver is let go by a roster without it, or when nobody stays to decide on one."""
+        if self._leaving and not self._left:
+            staying = [p for p in self.membership.live() if not self.membership.leaving(p)]
+            if not self.is_member or not staying:
+                self._left = True
+                self._leadership = None
+                self._out.append(Left())
+
+    @property
+    def _over(self) -> bool:
+        return self.finished or self._left
+
     def _leader_of(self, ballot: int) -> str:
         return self._order[ballot % len(self._order)]
 
     def _to_ballot(self, ballot: int, now: float) -> None:
         self.ballot = ballot
         self._leader_heard = now
-        self._leadership: Leadership | None = None
-        if self.is_member and not self.finished and self.leader == self.me.peer_id:
+        self._leadership = None
+        if self.is_member and not self._over and self.leader == self.me.peer_id:
             self._leadership = Leadership(self, ballot, now)
         self._say_ready()
         if self._report is not None:

@@ -72,6 +72,7 @@ class KademliaConfig:
             name: `/dns4/example.org/tcp/31337`.
         initial_peers: addresses of peers to enter the network through, each with `/p2p/…`. Empty:
             we are the first.
+        hints: more such addresses, from an earlier time perhaps: none of them need answer.
         client: ask, but never store or answer for others, nor listen.
         rpc_timeout_s: for one other node's answer.
         lookup_timeout_s: for a whole look-up or store.
@@ -83,6 +84,7 @@ class KademliaConfig:
     port: int = 0
     announce_maddrs: tuple[str, ...] = ()
     initial_peers: tuple[str, ...] = ()
+    hints: tuple[str, ...] = ()
     client: bool = False
     rpc_timeout_s: float = 3.0
     lookup_timeout_s: float = 10.0
@@ -128,7 +130,7 @@ class KademliaDirectory(Directory):
             Unreachable: none of the initial peers answers.
             TimedOut: our own daemon does not start in time.
         """
-        for maddr in config.initial_peers:
+        for maddr in (*config.initial_peers, *config.hints):
             _peer_id_in(maddr)
         identity = await asyncio.to_thread(Identity.load_or_create, config.identity_path)
         for maddr in config.announce_maddrs:
@@ -137,7 +139,11 @@ class KademliaDirectory(Directory):
         tasks: list[asyncio.Task[None]] = []
         try:
             await directory._launch()
-            await directory._bootstrap(config.initial_peers)
+            try:
+                await directory._bootstrap((*config.initial_peers, *config.hints))
+            except (Unreachable, TimedOut):
+                if config.initial_peers:
+                    raise
             directory._ready.set()
             # Not a TaskGroup: it would wrap what the caller's block raises into a group. Both
             # tasks end by cancellation only.
@@ -400,9 +406,10 @@ class KademliaDirectory(Directory):
     async def _rejoin(self) -> None:
         known = [maddr for maddrs in self._known.values() for maddr in maddrs]
         try:
-            await self._bootstrap((*self._config.initial_peers, *known))
+            await self._bootstrap((*self._config.initial_peers, *self._config.hints, *known))
         except SwarmError as exc:
-            logger.warning("dht.rejoin_failed known=%d reason=%r", len(self._known), str(exc))
+            # Nothing out of the ordinary for the last one in a network: no warning.
+            logger.info("dht.rejoin_failed known=%d reason=%r", len(self._known), str(exc))
 
     async def _connect(self, peer_id: str, maddrs: tuple[str, ...], timeout_s: float) -> None:
         daemon = self._daemon

@@ -245,13 +245,16 @@ def init(path: Path) -> None:
     type=click.Path(dir_okay=False, path_type=Path),
     help="Also write the join link to this file.",
 )
+@click.option(
+    "--new", is_flag=True, help="Begin a new run even if this peer created one from this file."
+)
 @_node_options
-def create(path: Path, link_file: Path | None, **options: Any) -> int:
+def create(path: Path, link_file: Path | None, new: bool, **options: Any) -> int:
     r"""Create a run and train as its first peer.
 
     Signs and publishes RUN.toml, prints the link with which others join, and trains until the run
-    ends or you press Ctrl-C. The run goes on as long as any peer is in it. 'shoal init' writes a
-    RUN.toml.
+    ends or you press Ctrl-C. The run goes on as long as any peer is in it; started again with the
+    same file, this peer goes back to it. 'shoal init' writes a RUN.toml.
 
     \b
     Example:
@@ -260,7 +263,7 @@ def create(path: Path, link_file: Path | None, **options: Any) -> int:
     # Before anything slow: a missing file or a slip in it should show at once.
     runfile.parse(runfile.read(path), str(path))
     with _taking_part(options) as node_options:
-        return _run_node(node_options, run_file=path, link_file=link_file)
+        return _run_node(node_options, run_file=path, link_file=link_file, new=new)
 
 
 @cli.command()
@@ -475,6 +478,7 @@ def _run_node(
     run_file: Path | None = None,
     link: Link | None = None,
     link_file: Path | None = None,
+    new: bool = False,
 ) -> int:
     if options["threads"]:
         # Before torch is loaded, which otherwise starts a thread per core.
@@ -502,6 +506,7 @@ def _run_node(
             run_file=run_file,
             grpc_port=options["grpc_port"],
             link_file=link_file,
+            new=new,
             data=str(options["data"].resolve()) if options["data"] else "",
             device=options["device"],
             threads=options["threads"] or 0,

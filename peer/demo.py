@@ -439,8 +439,8 @@ class Demo:
         self._say_summary(summary)
         if verdict.agree and complete:
             return 0
-        if self._interrupted:
-            return 130
+        if self._interrupted or self._writer.broken:
+            return 130 if self._interrupted else 1  # whoever did it knows why
         dead = next((child for child in self._children if child.died), None)
         problem = verdict.problem or "the run did not come to its end"
         if dead is not None:

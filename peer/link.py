@@ -208,6 +208,20 @@ def write_link_file(path: Path, link: Link) -> None:
         ) from error
 
 
+def remove_link_file(path: Path) -> None:
+    """Remove what an earlier run left.
+
+    Raises:
+        ConfigError: it is there and cannot be removed.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot replace the link file {path}: {error.strerror}; choose another --link-file"
+        ) from error
+
+
 def wait_for_link_file(
     path: Path, timeout_s: float, *, should_stop: Callable[[], bool], poll_s: float = 0.1
 ) -> Link | None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import itertools
 import logging
 import threading
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from dht.directory import Directory
-from dht.errors import ConfigError, RunNotFound, SwarmError, TimedOut, Unreachable
+from dht.errors import ConfigError, RunNotFound, SwarmError, TimedOut, Unreachable, innermost
 from dht.identity import Identity
 from dht.kademlia import KademliaConfig, KademliaDirectory
 from dht.records import SignedRun
@@ -47,6 +48,7 @@ _T = TypeVar("_T")
 
 _FIND_ATTEMPTS = 5
 _FIND_PAUSE_S = 1.0
+_REMEMBER_S = 15.0
 
 
 class ReachableDirectory(Directory, Protocol):
@@ -61,7 +63,14 @@ class ReachableDirectory(Directory, Protocol):
 class SwarmSession(Protocol):
     """What a daemon needs of `coordinator_free.session.Session`."""
 
-    async def run(self, initial_N: Tensor | None, maddrs: Callable[[], tuple[str, ...]], /) -> None:
+    async def run(
+        self,
+        initial_N: Tensor | None,
+        maddrs: Callable[[], tuple[str, ...]],
+        /,
+        *,
+        rejoin_s: float,
+    ) -> None:
         """Found the swarm with `initial_N`, or join it; return when stopped or finished."""
         ...
 
@@ -105,6 +114,7 @@ class NetworkConfig:
         port: of libp2p; 0 = a free one.
         announce_hosts: what others dial instead of the own addresses; needs `port`.
         link: the run to join; None to create one.
+        known_peers: addresses of an earlier time, to be tried as well.
     """
 
     identity_path: Path
@@ -112,6 +122,7 @@ class NetworkConfig:
     port: int = 0
     announce_hosts: tuple[str, ...] = ()
     link: Link | None = None
+    known_peers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.announce_hosts and not self.port:
@@ -129,6 +140,7 @@ class NetworkConfig:
                 f"{host_component(host)}/tcp/{self.port}" for host in self.announce_hosts
             ),
             initial_peers=self.link.peers if self.link else (),
+            hints=self.known_peers,
         )
 
 
@@ -144,6 +156,8 @@ class Network:
         on_control: called when `control` listens, from the network thread.
         on_run: called when the run is published or found, with the link to it, from the network
             thread.
+        on_peers: called every so often with the run id and the addresses of others in the run, from
+            the network thread.
 
     Attributes:
         failure: what ended the thread, when it was neither asked to stop nor finished.
@@ -159,6 +173,7 @@ class Network:
         control: ControlServer | None = None,
         on_control: Callable[[], None] = lambda: None,
         on_run: Callable[[SignedRun, Link], None] = lambda run, link: None,
+        on_peers: Callable[[str, tuple[str, ...]], None] = lambda run_id, addresses: None,
     ) -> None:
         self._config = config
         self._identity = identity
@@ -167,13 +182,14 @@ class Network:
         self._control = control
         self._on_control = on_control
         self._on_run = on_run
+        self._on_peers = on_peers
         self._thread = threading.Thread(target=self._live, name="network", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._main: asyncio.Task[None] | None = None
         self._running: SwarmSession | None = None
         self._stopping = threading.Event()
         self._found: concurrent.futures.Future[SignedRun | None] = concurrent.futures.Future()
-        self._order: concurrent.futures.Future[tuple[SessionConfig, Tensor | None]]
+        self._order: concurrent.futures.Future[tuple[SessionConfig, Tensor | None, float]]
         self._order = concurrent.futures.Future()
         self._session: concurrent.futures.Future[SwarmSession | None] = concurrent.futures.Future()
         self._publish: SignedRun | None = None
@@ -198,18 +214,21 @@ class Network:
         """
         return self._answer(self._found)
 
-    def begin(self, config: SessionConfig, initial_N: Tensor | None) -> SwarmSession | None:
+    def begin(
+        self, config: SessionConfig, initial_N: Tensor | None, rejoin_s: float = 0.0
+    ) -> SwarmSession | None:
         """Let the session run; None when stopped meanwhile.
 
         Args:
             config: of the session.
             initial_N: (N,) float32 to found the swarm with, None to join it.
+            rejoin_s: how long to look for the swarm before founding it anew.
 
         Raises:
             SwarmError: the network failed.
         """
         with contextlib.suppress(concurrent.futures.InvalidStateError):
-            self._order.set_result((config, initial_N))
+            self._order.set_result((config, initial_N, rejoin_s))
         return self._answer(self._session)
 
     def stop(self) -> None:
@@ -243,7 +262,7 @@ class Network:
         except SwarmError as error:
             self.failure = error
         except Exception as error:  # the thread's outermost supervisor
-            first = _first(error)
+            first = innermost(error)
             logger.debug("network.failed", exc_info=error)
             self.failure = first if isinstance(first, SwarmError) else _surprise(first)
         finally:
@@ -274,11 +293,15 @@ class Network:
                 run = await self._run_from(directory)
                 self._on_run(run, Link(run.run_id, shown_addresses(directory.maddrs)))
                 self._found.set_result(run)
-                config, initial_N = await asyncio.wrap_future(self._order)
+                config, initial_N, rejoin_s = await asyncio.wrap_future(self._order)
                 session = self._make_session(config, self._identity, directory)
                 self._running = session
                 self._session.set_result(session)
-                await session.run(initial_N, lambda: directory.maddrs)
+                remembering = asyncio.create_task(self._remember(directory, run.run_id))
+                try:
+                    await session.run(initial_N, lambda: directory.maddrs, rejoin_s=rejoin_s)
+                finally:
+                    remembering.cancel()
         except (Unreachable, TimedOut, RunNotFound) as error:
             if self._found.done() or link is None:
                 raise
@@ -286,6 +309,16 @@ class Network:
                 f"no run behind this link: {error}; check that its peers still run and can be "
                 "reached from here, or ask for a new link"
             ) from error
+
+    async def _remember(self, directory: Directory, run_id: str) -> None:
+        """Keep the addresses of others for the next start."""
+        async for records in directory.watch(run_id, _REMEMBER_S):
+            others = [record for record in records if record.peer_id != self._identity.peer_id]
+            # One address of each before the second of any: the list is cut somewhere.
+            by_turns = itertools.zip_longest(*(record.maddrs for record in others))
+            addresses = [maddr for turn in by_turns for maddr in turn if maddr is not None]
+            if addresses:
+                await asyncio.to_thread(self._on_peers, run_id, tuple(addresses))
 
     async def _run_from(self, directory: Directory) -> SignedRun:
         if self._publish is not None:
@@ -314,12 +347,6 @@ def shown_addresses(maddrs: tuple[str, ...]) -> tuple[str, ...]:
     tcp = [maddr for maddr in maddrs if maddr.split("/")[3:4] == ["tcp"] and maddr.count("/") == 6]
     outside = [maddr for maddr in tcp if not maddr.startswith(("/ip4/127.", "/ip6/::1/"))]
     return tuple((outside or tcp)[:8])
-
-
-def _first(error: BaseException) -> BaseException:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 def _surprise(error: BaseException) -> SwarmError:

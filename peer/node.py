@@ -40,7 +40,8 @@ from peer.config import RunConfig, load, localised, published
 from peer.control import ControlServer
 from peer.events import DoneEvent, Event, JoinedEvent, LeftEvent, LinkEvent, RoundEvent
 from peer.homes import DaemonFile, Home
-from peer.link import Link, write_link_file
+from peer.link import Link, remove_link_file, write_link_file
+from peer.memory import Memory
 from peer.network import MakeSession, Network, NetworkConfig, OpenDirectory, SwarmSession
 from peer.output import Output
 from peer.status import Status
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FINISH_S = 20.0  # longest wait for others at the run's end
+REJOIN_S = 10.0  # how long a restarted creator looks for those who went on without it
 POLITE_S = 8.0  # longest polite leave: `docker stop` kills after 10 s
 _JOINED_SOURCE = "the run's file, as published,"
 
@@ -64,6 +66,7 @@ class NodeConfig:
         network: how it takes part; its `link` says what to join.
         run_file: the run to create, None to join.
         grpc_port: of the data plane; 0 = a free one.
+        new: create a new run even if this peer created one from the same file before.
         link_file: where to write the join link; None for nowhere.
         data: where this machine has the run's data; empty: as the run file says.
         device: "auto", "cpu", "cuda", ...
@@ -73,6 +76,7 @@ class NodeConfig:
     network: NetworkConfig
     run_file: Path | None = None
     grpc_port: int = 0
+    new: bool = False
     link_file: Path | None = None
     data: str = ""
     device: str = "auto"
@@ -106,18 +110,22 @@ class Node:
         self._output = output
         self._identity = Identity.load_or_create(home.identity_path)
         self._control = None if supervision else ControlServer(self.status, self.stop)
+        self._memory = Memory(home.path)
+        known = config.network.link.run_id if config.network.link else self._created_before()
         self._network = Network(
-            config.network,
+            dataclasses.replace(config.network, known_peers=self._memory.peers(known)),
             self._identity,
             open_directory=open_directory,
             make_session=make_session or _session,
             control=self._control,
             on_control=self._publish_daemon,
             on_run=self._on_run,
+            on_peers=self._memory.keep_peers,
         )
         self._supervision = supervision
         self._session: SwarmSession | None = None
         self._stopped = False
+        self._resumed = False  # the run was created by this peer at an earlier start
         self._watched, self._leash = os.pipe()
         self._finish_after: int | None = None
         self._rounds_done = 0
@@ -231,7 +239,8 @@ class Node:
             ),
         )
         initial = trainer.read() if self._config.run_file else None
-        session = self._network.begin(session_config, initial)
+        rejoin_s = REJOIN_S if self._resumed else 0.0
+        session = self._network.begin(session_config, initial, rejoin_s)
         if session is None:
             return
         self._session = session
@@ -245,13 +254,28 @@ class Node:
         config = load(text, str(path))
         data = self._config.data or _beside(path, config.trainer.data.path)
         config = localised(config, data=data, device=self._config.device)
+        if self._config.link_file is not None:
+            remove_link_file(self._config.link_file)  # nobody shall join what an old one names
         # The trainer first: a run whose data or model is not there should not be published.
         trainer = _trainer(config)
         public = published(text, config).encode()
-        self._network.start(SignedRun.sign(self._identity, public, time.time()))
+        run = self._memory.run()
+        self._resumed = run is not None and self._is_ours(run, public)
+        if run is None or not self._resumed:
+            run = SignedRun.sign(self._identity, public, time.time())
+            self._memory.keep_run(run)
+        self._network.start(run)
         self._update(phase="connecting", name=config.name)
-        run = self._network.found()
-        return (config, trainer, run) if run is not None else None
+        return (config, trainer, run) if self._network.found() is not None else None
+
+    def _is_ours(self, run: SignedRun, run_file: bytes) -> bool:
+        """Whether this peer created exactly this run before, and is to go on with it."""
+        mine = run.creator == self._identity.peer_id and run.run_file == run_file
+        return mine and not self._config.new
+
+    def _created_before(self) -> str:
+        run = self._memory.run()
+        return run.run_id if run is not None and not self._config.new else ""
 
     def _join(self) -> tuple[RunConfig, Trainer, SignedRun] | None:
         self._network.start()

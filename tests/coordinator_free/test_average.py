@@ -5,7 +5,7 @@ import struct
 import pytest
 import torch
 from blake3 import blake3
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator_free.average import (
@@ -142,6 +142,7 @@ def test_unsound_payloads_and_codecs_are_refused() -> None:
             AverageReader(NUMEL).add(garbage)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.data())
 def test_bitmaps_name_who_is_in_a_mean(count: int, data: st.DataObject) -> None:
     names = [f"p{number}" for number in range(count)]

@@ -20,9 +20,7 @@ LOCAL_N = torch.tensor([0.5, 2.0, 4.0])
 
 
 def work(round: int) -> Assignment:
-    return Assignment(
-        round=round, seat=0, seats=1, theta_N=THETA_N, closing=threading.Event()
-    )
+    return Assignment(round=round, seat=0, seats=1, theta_N=THETA_N, closing=threading.Event())
 
 
 def result(round: int) -> RoundResult:

@@ -73,18 +73,20 @@ class Done(Exception):
 
 @asynccontextmanager
 async def desk(lines: Lines) -> AsyncIterator[Desk]:
-    with pytest.raises(ExceptionGroup) as ended:
+    try:
         async with asyncio.TaskGroup() as tasks:
             yield Desk(lines, tasks)
             raise Done
-    assert ended.group_contains(Done)
-    assert len(ended.value.exceptions) == 1
+    except* Done:
+        pass
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0)
+    for _ in range(10_000):
+        if condition():
+            return
+        await asyncio.sleep(0)
+    pytest.fail("it never came about")
 
 
 async def test_messages_of_a_peer_arrive_in_order_and_are_confirmed() -> None:

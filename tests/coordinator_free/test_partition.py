@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from hypothesis import given
+import itertools
+
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator_free.codecs import codec
@@ -14,6 +16,7 @@ from coordinator_free.partition import (
 )
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 10**9) | st.integers(1, 20 * ALIGN_ELEMENTS),
     st.lists(st.text("abc", min_size=1), min_size=1, max_size=40, unique=True),
@@ -22,7 +25,7 @@ def test_slices_cover_the_vector_once_and_evenly(numel: int, reducers: list[str]
     slices = equal_slices(numel, reducers)
     assert slices[0].start == 0
     assert slices[-1].stop == numel
-    assert all(a.stop == b.start for a, b in zip(slices, slices[1:], strict=False))
+    assert all(a.stop == b.start for a, b in itertools.pairwise(slices))
     named = [piece.reducer for piece in slices]
     assert named == [reducer for reducer in reducers if reducer in named]
     assert all(piece.start % ALIGN_ELEMENTS == 0 for piece in slices)
@@ -40,13 +43,14 @@ def test_a_cut_as_it_has_always_been() -> None:
     )
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 10**5), st.integers(1, 3000).map(lambda n: n * 97))
 def test_chunks_cover_a_slice_once(start: int, length: int, size: int) -> None:
     piece = Slice(reducer="a", start=start, stop=start + length)
     bounds = list(chunk_bounds(piece, size))
     assert bounds[0][0] == piece.start
     assert bounds[-1][1] == piece.stop
-    assert all(a[1] == b[0] for a, b in zip(bounds, bounds[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(bounds))
     assert all(stop - begin == size for begin, stop in bounds[:-1])
     assert 0 < bounds[-1][1] - bounds[-1][0] <= size
 

@@ -144,7 +144,7 @@ def test_frames_out_of_order_or_of_another_length_are_refused() -> None:
     for frame in foreign:
         reader = StateReader(LAYOUT, NUMEL)
         reader.add(frames[0])
-        with pytest.raises(ValueError, match="leaf|frame"):
+        with pytest.raises(ValueError, match=r"leaf|frame"):
             reader.add(frame)
     with pytest.raises(ValueError, match="out of order"):
         StateReader(LAYOUT, NUMEL).add(frames[1])

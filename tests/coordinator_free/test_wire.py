@@ -49,7 +49,9 @@ rosters = st.lists(members, min_size=1, max_size=4, unique_by=lambda m: m.peer_i
     lambda roster: tuple(sorted(roster, key=lambda m: m.peer_id))
 )
 contributions = st.lists(
-    st.builds(Contribution, peer_id=names, samples=samples), max_size=4, unique_by=lambda c: c.peer_id
+    st.builds(Contribution, peer_id=names, samples=samples),
+    max_size=4,
+    unique_by=lambda c: c.peer_id,
 ).map(tuple)
 
 
@@ -193,7 +195,12 @@ def test_an_unset_option_is_not_a_zero() -> None:
     assert back.accepted_ballot == 0
 
 
-@given(st.one_of(st.builds(FetchState, state_root=digests), st.builds(FetchOutcome, vector_root=digests)))
+@settings(deadline=None)
+@given(
+    st.one_of(
+        st.builds(FetchState, state_root=digests), st.builds(FetchOutcome, vector_root=digests)
+    )
+)
 def test_fetch_requests_survive_the_wire(request: FetchState | FetchOutcome) -> None:
     assert wire.decode_fetch(wire.encode_fetch(request)) == request
 
@@ -259,9 +266,7 @@ def test_over_long_and_empty_messages_are_refused() -> None:
 
 def test_a_message_too_large_to_send_is_refused_by_its_sender() -> None:
     long_host = dataclasses.replace(ROSTER[0], hosts=("h" * 255,) * 16)
-    roster = tuple(
-        dataclasses.replace(long_host, peer_id=f"p{number:04}") for number in range(300)
-    )
+    roster = tuple(dataclasses.replace(long_host, peer_id=f"p{number:04}") for number in range(300))
     large = messages.Propose(
         height=1, ballot=0, outcome=dataclasses.replace(OUTCOME, roster=roster), holders=()
     )
@@ -307,9 +312,7 @@ def test_other_things_that_no_correct_peer_says() -> None:
         dataclasses.replace(OUTCOME, roster=())
     signature = Signature(peer_id="a", signature=bytes(64))
     with pytest.raises(ValueError, match="twice"):
-        Certificate(
-            outcome=OUTCOME, ballot=0, provisional=False, signatures=(signature, signature)
-        )
+        Certificate(outcome=OUTCOME, ballot=0, provisional=False, signatures=(signature, signature))
     certificate = Certificate(outcome=OUTCOME, ballot=0, provisional=False, signatures=())
     with pytest.raises(ValueError, match="follow"):
         messages.Heads(certificates=(certificate, certificate))
@@ -476,6 +479,7 @@ headers = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(headers, st.binary(max_size=100))
 def test_frames_come_back(header: FrameHeader, payload: bytes) -> None:
     got, rest = wire.unpack_frame(wire.pack_frame(header, payload))

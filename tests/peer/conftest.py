@@ -38,7 +38,13 @@ class FakeSession:
         self._over = asyncio.Event()
         self._work: queue.SimpleQueue[Assignment | None] = queue.SimpleQueue()
 
-    async def run(self, initial_N: Tensor | None, maddrs: Callable[[], tuple[str, ...]]) -> None:
+    async def run(
+        self,
+        initial_N: Tensor | None,
+        maddrs: Callable[[], tuple[str, ...]],
+        *,
+        rejoin_s: float = 0.0,
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         if initial_N is not None:
             self.theta_N = initial_N.clone()

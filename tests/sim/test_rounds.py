@@ -135,3 +135,20 @@ def revive(world: World, name: str) -> None:
     if donors:
         world.crash(name)
         world.join(name, world.random.choice(donors))
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_when_all_leave_at_once_each_is_let_go(size: int) -> None:
+    world = swarm(size, size)
+    world.run(lambda: world.all_at(1), limit_s=30)
+    for peer in world.live:
+        world._do(peer, peer.machine.leave(world.now))
+    world.run(lambda: not world.live, limit_s=5)
+
+
+def test_a_lone_peer_that_is_ready_can_leave() -> None:
+    world = swarm(7, 1)
+    lone = world.peers["p0"]
+    world.run(lambda: lone.machine.phase == "averaging", limit_s=10)
+    world._do(lone, lone.machine.leave(world.now))
+    assert lone.left

@@ -1,0 +1,83 @@
+"""What a peer remembers of its run beside its key, so that a restart finds the way back.
+
+    run      the run that this peer created, signed
+    peers    addresses of others in the run it was last in
+
+Guarantees: written whole or not at all; what is read back is checked like anything from a stranger.
+Not guaranteed: that those peers still live. The model itself is not here: it comes from them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from pathlib import Path
+
+from dht.errors import RecordError
+from dht.records import MAX_ADDRESSES, SignedRun, peer_id_of
+
+logger = logging.getLogger(__name__)
+
+_MAX_PEERS = 4 * MAX_ADDRESSES
+_MAX_BYTES = 64 * 1024
+
+
+class Memory:
+    """The files of one peer's folder.
+
+    Args:
+        folder: claimed by this process (`peer.homes`).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._run = folder / "run"
+        self._peers = folder / "peers"
+
+    def run(self) -> SignedRun | None:
+        """The run that this peer created last; None for none, or an unreadable one."""
+        try:
+            return SignedRun.from_bytes(_read(self._run))
+        except (OSError, RecordError) as error:
+            logger.debug("memory.no_run %s", error)
+            return None
+
+    def keep_run(self, run: SignedRun) -> None:
+        """Remember a run that this peer creates."""
+        _write(self._run, run.to_bytes())
+
+    def peers(self, run_id: str) -> tuple[str, ...]:
+        """Addresses of others in that run, as multiaddrs with a peer id."""
+        try:
+            kept = json.loads(_read(self._peers))
+            addresses = kept["peers"] if kept["run"] == run_id else []
+            return tuple(a for a in addresses if isinstance(a, str) and peer_id_of(a) is not None)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.debug("memory.no_peers %s", error)
+            return ()
+
+    def keep_peers(self, run_id: str, addresses: tuple[str, ...]) -> None:
+        """Remember who else is in a run, in place of whoever was remembered before."""
+        kept = {"run": run_id, "peers": addresses[:_MAX_PEERS]}
+        _write(self._peers, json.dumps(kept).encode())
+
+
+def _read(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(_MAX_BYTES)
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Losing this costs a restart its shortcut, never the training: a full disk is only logged."""
+    try:
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        logger.warning("memory.not_written path=%s reason=%r", path, error.strerror)

@@ -1,0 +1,957 @@
+"""The round's state machine and its certificates, one message at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, TypeVar
+
+import pytest
+from blake3 import blake3
+
+from coordinator_free import certificates, messages, wire
+from coordinator_free.certificates import ACCEPT_DOMAIN, Head, found, signed_text
+from coordinator_free.machine import (
+    BEHIND_S,
+    Action,
+    Apply,
+    CatchUp,
+    CloseWork,
+    Fetch,
+    Finished,
+    Layout,
+    Left,
+    Machine,
+    RoundConfig,
+    Send,
+    StartExchange,
+    StartWork,
+)
+from coordinator_free.messages import (
+    NO_DIGEST,
+    U64_MAX,
+    Accepted,
+    Certificate,
+    Commit,
+    Contribution,
+    Join,
+    Kind,
+    Lead,
+    Leave,
+    Member,
+    Message,
+    Outcome,
+    Plan,
+    Prepare,
+    Promise,
+    Propose,
+    Ready,
+    Refused,
+    Report,
+    Signature,
+)
+from coordinator_free.partition import equal_slices
+from tests.sim.world import RUN, Key, check
+
+T = TypeVar("T")
+M = TypeVar("M")
+CONFIG = RoundConfig(codec="fp32")
+LAYOUT = Layout(numel=10_000, chunk_elements=1024)
+HEIGHT, ROUND, SAMPLES = 4, 2, 500
+
+
+def seat(name: str, *, session: int = 1, can_reduce: bool = True) -> Member:
+    return Member(
+        peer_id=name,
+        session=session,
+        hosts=("host",),
+        port=1,
+        certificate_sha256=NO_DIGEST,
+        can_reduce=can_reduce,
+    )
+
+
+def beginning(*roster: Member) -> Certificate:
+    """What put this roster at HEIGHT: a machine believes the certificate it starts from."""
+    outcome = Outcome(
+        height=HEIGHT - 1,
+        round=ROUND,
+        kind=Kind.AVERAGE,
+        previous=NO_DIGEST,
+        plan=NO_DIGEST,
+        vector_root=NO_DIGEST,
+        state_root=blake3(b"state").digest(),
+        samples=SAMPLES,
+        contributions=(),
+        roster=roster,
+    )
+    return Certificate(outcome=outcome, ballot=0, provisional=False, signatures=())
+
+
+def order(names: str, height: int = HEIGHT) -> list[str]:
+    """Who leads ballots 0, 1, ... of a height, by docs/protocol.md."""
+    seed = b"shoal order v1\0" + RUN.encode() + b"\0"
+    ring = sorted(names, key=lambda name: blake3(seed + name.encode()).digest())
+    return [ring[(height + ballot) % len(ring)] for ballot in range(len(ring))]
+
+
+FIVE = "abcde"
+L0, L1, L2, L3, L4 = order(FIVE)
+
+
+class Rig:
+    """One machine, the roster around it, and what it does."""
+
+    def __init__(
+        self,
+        me: str,
+        names: str = FIVE,
+        *,
+        session: int = 1,
+        cannot_reduce: str = "",
+        config: RoundConfig = CONFIG,
+    ) -> None:
+        roster = tuple(seat(n, can_reduce=n not in cannot_reduce) for n in names)
+        self.now = 100.0
+        self.certificate = beginning(*roster)
+        self.head = Head.after(self.certificate)
+        self.machine = Machine(
+            me=seat(me, session=session, can_reduce=me not in cannot_reduce),
+            run_id=RUN,
+            layout=LAYOUT,
+            config=config,
+            certificate=self.certificate,
+            signer=Key(me),
+            check=check,
+            now=self.now,
+        )
+        self.me = me
+        self.began = self.machine.start(self.now)
+
+    def hears(self, sender: str, message: Message) -> list[Action]:
+        # As on the wire.
+        return self.machine.receive(sender, wire.decode(wire.encode(message)), self.now)
+
+    def passes(self, seconds: float, step_s: float = 0.25) -> list[Action]:
+        actions = []
+        for _ in range(round(seconds / step_s)):
+            self.now += step_s
+            actions += self.machine.tick(self.now)
+        return actions
+
+    def works(self, samples: int = 10) -> list[Action]:
+        return self.machine.work_done(self.machine.head.round, samples, self.now)
+
+    def exchanges(self, plan: Plan, outcome: Outcome) -> list[Action]:
+        return self.machine.exchange_done(
+            wire.plan_digest(plan), outcome.vector_root, outcome.state_root, (), self.now
+        )
+
+    # -- messages as correct peers would make them here
+
+    def plan(self, ballot: int = 0, **changes: Any) -> Plan:
+        plan = Plan(
+            height=HEIGHT,
+            round=ROUND,
+            ballot=ballot,
+            previous=self.head.digest,
+            receivers=self.head.peers,
+            contributions=tuple(Contribution(peer_id=peer, samples=10) for peer in self.head.peers),
+            slices=equal_slices(LAYOUT.numel, self.head.peers),
+            chunk_elements=LAYOUT.chunk_elements,
+            codec="fp32",
+            exchange_s=60.0,
+        )
+        return dataclasses.replace(plan, **changes)
+
+    def average(self, mark: bytes = b"", **changes: Any) -> Outcome:
+        outcome = Outcome(
+            height=HEIGHT,
+            round=ROUND + 1,
+            kind=Kind.AVERAGE,
+            previous=self.head.digest,
+            plan=wire.plan_digest(self.plan()),
+            vector_root=blake3(b"vector" + mark).digest(),
+            state_root=blake3(b"next" + mark).digest(),
+            samples=SAMPLES + 10 * len(self.head.peers),
+            contributions=self.plan().contributions,
+            roster=self.head.roster,
+        )
+        return dataclasses.replace(outcome, **changes)
+
+    def regroup(self, *roster: Member, **changes: Any) -> Outcome:
+        outcome = Outcome(
+            height=HEIGHT,
+            round=ROUND,
+            kind=Kind.REGROUP,
+            previous=self.head.digest,
+            plan=NO_DIGEST,
+            vector_root=NO_DIGEST,
+            state_root=self.head.state_root,
+            samples=SAMPLES,
+            contributions=(),
+            roster=roster or self.head.roster,
+        )
+        return dataclasses.replace(outcome, **changes)
+
+    def promise(self, ballot: int, **changes: Any) -> Promise:
+        fields: dict[str, Any] = {
+            "accepted_ballot": None,
+            "accepted": None,
+            "plan": None,
+            "report": None,
+        }
+        return Promise(height=HEIGHT, ballot=ballot, **{**fields, **changes})
+
+    def ready(self, ballot: int = 0, samples: int = 10) -> Ready:
+        return Ready(height=HEIGHT, ballot=ballot, head=self.head.digest, samples=samples)
+
+
+def propose(outcome: Outcome, ballot: int = 0, holders: tuple[str, ...] = ("a",)) -> Propose:
+    return Propose(height=HEIGHT, ballot=ballot, outcome=outcome, holders=holders)
+
+
+def signed(
+    outcome: Outcome, voters: str, ballot: int = 0, *, provisional: bool = False, run: str = RUN
+) -> Certificate:
+    text = signed_text(run, ballot, outcome)
+    return Certificate(
+        outcome=outcome,
+        ballot=ballot,
+        provisional=provisional,
+        signatures=tuple(
+            Signature(peer_id=v, signature=Key(v).sign(ACCEPT_DOMAIN, text)) for v in voters
+        ),
+    )
+
+
+def commit(certificate: Certificate, holders: tuple[str, ...] = ("a",)) -> Commit:
+    return Commit(certificate=certificate, holders=holders)
+
+
+def of(kind: type[T], actions: list[Action]) -> list[T]:
+    return [action for action in actions if isinstance(action, kind)]
+
+
+def sent(kind: type[M], actions: list[Action]) -> list[tuple[str, M]]:
+    return [(a.to, a.message) for a in of(Send, actions) if isinstance(a.message, kind)]
+
+
+# -- certificates -----------------------------------------------------------------------------
+
+OUTCOME = beginning(seat("z")).outcome
+
+
+@pytest.mark.parametrize(
+    ("voters", "signers", "enough"),
+    [("abc", "ab", True), ("abc", "a", False), ("abcd", "ab", False), ("abcd", "abd", True),
+     ("a", "a", True), ("a", "", False), ("ab", "a", False)],
+)  # fmt: skip
+def test_more_than_half_of_the_voters_must_sign(voters: str, signers: str, enough: bool) -> None:
+    assert certificates.verify(signed(OUTCOME, signers), RUN, tuple(voters), check) is enough
+
+
+def test_a_signature_of_a_stranger_spoils_a_certificate() -> None:
+    assert not certificates.verify(signed(OUTCOME, "abx"), RUN, tuple("abc"), check)
+
+
+def test_a_signature_counts_once() -> None:
+    (one,) = signed(OUTCOME, "a").signatures
+    with pytest.raises(ValueError, match="twice"):
+        Certificate(outcome=OUTCOME, ballot=0, provisional=False, signatures=(one, one))
+
+
+def test_a_signature_is_for_one_run_ballot_and_outcome() -> None:
+    good = signed(OUTCOME, "ab", ballot=3)
+    assert certificates.verify(good, RUN, tuple("abc"), check)
+    others = [
+        dataclasses.replace(good, ballot=2),
+        dataclasses.replace(good, outcome=dataclasses.replace(OUTCOME, samples=SAMPLES + 1)),
+        signed(OUTCOME, "ab", ballot=3, run="11" * 20),
+        dataclasses.replace(
+            good,
+            signatures=(
+                dataclasses.replace(good.signatures[0], peer_id="c"),
+                good.signatures[1],
+            ),
+        ),
+    ]
+    for other in others:
+        assert not certificates.verify(other, RUN, tuple("abc"), check)
+
+
+def test_a_provisional_certificate_needs_a_voter_but_no_majority() -> None:
+    voters = tuple("abcde")
+    assert certificates.verify(signed(OUTCOME, "a", provisional=True), RUN, voters, check)
+    assert not certificates.verify(signed(OUTCOME, "", provisional=True), RUN, voters, check)
+    assert not certificates.verify(signed(OUTCOME, "ax", provisional=True), RUN, voters, check)
+
+
+def test_a_run_is_founded_by_its_creator() -> None:
+    first = found(RUN, seat("a"), Key("a"), NO_DIGEST)
+    assert certificates.verify(first, RUN, ("a",), check)
+    assert not certificates.verify(first, RUN, ("b",), check)
+    assert first.outcome.kind == Kind.FOUND
+    assert Head.after(first).height == 1
+
+
+def test_the_branch_with_more_samples_wins_then_the_higher_one() -> None:
+    low = Head.after(beginning(seat("a")))
+    assert dataclasses.replace(low, samples=SAMPLES + 1, height=1).rank > low.rank
+    assert dataclasses.replace(low, height=HEIGHT + 1).rank > low.rank
+
+
+# -- work and turns ---------------------------------------------------------------------------
+
+
+def test_work_is_dealt_by_the_place_in_the_roster_and_reported_to_the_leader() -> None:
+    member = Rig(L1)
+    assert of(StartWork, member.began) == [StartWork(round=ROUND, seat=FIVE.index(L1), seats=5)]
+    assert sent(Ready, member.works(33)) == [(L0, member.ready(samples=33))]
+    assert sent(Ready, member.machine.work_done(ROUND, 44, member.now)) == []  # once is enough
+
+
+@pytest.mark.parametrize("height", [0, 1, 2, 6])
+def test_leaders_follow_the_order_of_the_protocol(height: int) -> None:
+    rig = Rig("a")
+    regroup = rig.regroup()
+    previous = beginning(*rig.head.roster)
+    certificate = dataclasses.replace(previous, outcome=dataclasses.replace(regroup, height=height))
+    machine = Machine(
+        me=seat("a"),
+        run_id=RUN,
+        layout=LAYOUT,
+        config=CONFIG,
+        certificate=certificate,
+        signer=Key("a"),
+        check=check,
+        now=0.0,
+    )
+    assert machine.leader == order(FIVE, height + 1)[0]
+
+
+def test_a_silent_leader_is_replaced_by_the_next_and_a_lost_one_at_once() -> None:
+    member = Rig(L2)
+    member.works()
+    assert sent(Ready, member.passes(CONFIG.suspect_s - 0.5))[-1][0] == L0
+    assert sent(Ready, member.passes(1.5))[-1] == (L1, member.ready(ballot=1))
+    quick = Rig(L2)
+    quick.works()
+    actions = quick.machine.undeliverable(L0, quick.now)
+    assert sent(Ready, actions) == [(L1, quick.ready(ballot=1))]
+
+
+def test_a_heartbeat_keeps_a_leader_in_office() -> None:
+    member = Rig(L2)
+    for _ in range(5):
+        member.passes(CONFIG.suspect_s - 1)
+        member.hears(L0, Lead(height=HEIGHT, ballot=0, closing=False))
+    assert member.machine.leader == L0
+    for _ in range(5):  # of somebody else it does not
+        member.passes(CONFIG.suspect_s - 1)
+        member.hears(L3, Lead(height=HEIGHT, ballot=0, closing=False))
+    assert member.machine.leader != L0
+
+
+def test_one_that_cannot_lead_waits_when_all_who_can_are_down() -> None:
+    member = Rig("b", "ab", cannot_reduce="b")
+    member.works()
+    member.machine.undeliverable("a", member.now)  # must come to an end
+    assert member.machine.leader == "a"
+    assert member.machine.ballot == 0
+    member.passes(1000.0)
+    assert member.machine.ballot <= 1000 / CONFIG.suspect_s
+
+
+def test_a_refusal_from_nowhere_does_not_use_up_the_ballots() -> None:
+    leader = Rig(L0)
+    leader.hears(L1, Refused(height=HEIGHT, ballot=0, promised=U64_MAX))
+    leader.works()
+    leader.passes(60.0)  # every message of it can still be built
+    assert leader.machine.ballot < 2**32
+
+
+def test_a_refused_leader_goes_to_the_ballot_it_is_told() -> None:
+    leader = Rig(L0)
+    leader.hears(L3, Refused(height=HEIGHT, ballot=0, promised=2))
+    assert (leader.machine.ballot, leader.machine.leader) == (2, L2)
+
+
+# -- a leader's turn --------------------------------------------------------------------------
+
+
+def test_the_plan_follows_at_once_when_all_are_ready() -> None:
+    leader = Rig(L0)
+    leader.works()
+    for peer in (L1, L2, L3):
+        assert sent(Plan, leader.hears(peer, leader.ready())) == []
+    actions = leader.hears(L4, leader.ready())
+    assert sorted(sent(Plan, actions), key=lambda entry: entry[0]) == [
+        (peer, leader.plan()) for peer in FIVE if peer != L0
+    ]
+    assert of(StartExchange, actions) == [
+        StartExchange(plan=leader.plan(), digest=wire.plan_digest(leader.plan()))
+    ]
+
+
+def test_stragglers_are_asked_to_hand_in_and_then_left_behind() -> None:
+    leader = Rig(L0)
+    leader.works()
+    for peer in (L1, L2):
+        leader.hears(peer, leader.ready())
+    waiting = leader.passes(CONFIG.grace_s - 0.5)
+    assert sent(Lead, waiting)
+    assert not any(lead.closing for _, lead in sent(Lead, waiting))
+    closing = {to for to, lead in sent(Lead, leader.passes(1.0)) if lead.closing}
+    assert closing == set(FIVE) - {L0}
+    plans = sent(Plan, leader.passes(CONFIG.close_s))
+    assert {to for to, _ in plans} == {L1, L2}
+    assert set(plans[0][1].receivers) == {L0, L1, L2}
+
+
+def test_a_straggler_hands_in_once_when_its_leader_asks() -> None:
+    member = Rig(L1)
+    closing = Lead(height=HEIGHT, ballot=0, closing=True)
+    assert of(CloseWork, member.hears(L2, closing)) == []
+    assert of(CloseWork, member.hears(L0, dataclasses.replace(closing, closing=False))) == []
+    assert of(CloseWork, member.hears(L0, closing)) == [CloseWork(round=ROUND)]
+    assert of(CloseWork, member.hears(L0, closing)) == []
+    done = Rig(L1)
+    done.works()
+    assert of(CloseWork, done.hears(L0, closing)) == []
+
+
+def test_a_majority_with_one_result_is_proposed_signed_and_committed() -> None:
+    leader = Rig(L0)
+    leader.works()
+    for peer in (L1, L2, L3, L4):
+        leader.hears(peer, leader.ready())
+    outcome = leader.average()
+    report = Report(
+        height=HEIGHT,
+        ballot=0,
+        plan=wire.plan_digest(leader.plan()),
+        complete=True,
+        vector_root=outcome.vector_root,
+        state_root=outcome.state_root,
+        lost=(),
+    )
+    leader.exchanges(leader.plan(), outcome)
+    leader.hears(L1, dataclasses.replace(report, vector_root=blake3(b"other").digest()))
+    assert sent(Propose, leader.hears(L2, report)) == []  # two of five
+    proposals = sent(Propose, leader.hears(L3, report))
+    assert {to for to, _ in proposals} == set(FIVE) - {L0}
+    assert proposals[0][1] == propose(outcome, holders=tuple(sorted((L0, L2, L3))))
+
+    def accepted(peer: str, key: str, ballot: int = 0) -> Accepted:
+        text = signed_text(RUN, ballot, outcome)
+        return Accepted(
+            height=HEIGHT,
+            ballot=0,
+            outcome=wire.outcome_digest(outcome),
+            signature=Key(key).sign(ACCEPT_DOMAIN, text),
+        )
+
+    for wrong in (accepted(L2, "x"), accepted(L2, L3), accepted(L2, L2, ballot=1)):
+        leader.hears(L2, wrong)
+    leader.hears(L2, accepted(L2, L2))
+    leader.hears(L2, accepted(L2, L2))  # again: still two of five with its own
+    assert leader.machine.head.height == HEIGHT
+    actions = leader.hears(L3, accepted(L3, L3))
+    (applied,) = of(Apply, actions)
+    assert applied.certificate == signed(outcome, "".join(sorted((L0, L2, L3))))
+    assert {to for to, _ in sent(Commit, actions)} == set(FIVE) - {L0}
+    assert leader.machine.head == Head.after(applied.certificate)
+
+
+def test_if_nobody_has_a_complete_average_the_accused_lose_their_seats() -> None:
+    leader = Rig(L0, config=dataclasses.replace(CONFIG, exchange_s=5.0))
+    leader.works()
+    for peer in (L1, L2, L3, L4):
+        leader.hears(peer, leader.ready())
+    digest = wire.plan_digest(leader.plan(exchange_s=5.0))
+    leader.machine.exchange_failed(digest, (L4,), leader.now)
+    failed = Report(
+        height=HEIGHT,
+        ballot=0,
+        plan=digest,
+        complete=False,
+        vector_root=NO_DIGEST,
+        state_root=NO_DIGEST,
+        lost=(L4,),
+    )
+    for peer, lost in ((L1, (L4,)), (L2, (L4, L1)), (L3, ())):
+        leader.hears(peer, dataclasses.replace(failed, lost=lost))
+    proposals = sent(Propose, leader.passes(10.0))
+    outcome = proposals[0][1].outcome
+    assert outcome.kind == Kind.REGROUP
+    assert {m.peer_id for m in outcome.roster} == set(FIVE) - {L4}
+    assert outcome.state_root == leader.head.state_root
+
+
+# -- taking over from a leader ----------------------------------------------------------------
+
+
+def taken_over(ballot: int = 3) -> Rig:
+    """The leader of a later ballot, which has just heard that it is its turn."""
+    rig = Rig([L0, L1, L2, L3][ballot])
+    rig.hears(L4, rig.ready(ballot=ballot))
+    assert rig.machine.ballot == ballot
+    prepares = sent(Prepare, rig.passes(0.25))
+    assert {to for to, _ in prepares} == set(FIVE) - {rig.me}
+    return rig
+
+
+def test_the_outcome_accepted_under_the_highest_ballot_is_proposed_again() -> None:
+    leader = taken_over(3)
+    low, high = leader.average(b"low"), leader.average(b"high")
+    first = leader.hears(L0, leader.promise(3, accepted_ballot=2, accepted=high))
+    assert sent(Propose, first) == []  # two of five, itself included
+    actions = leader.hears(L4, leader.promise(3, accepted_ballot=0, accepted=low))
+    assert {to for to, _ in sent(Propose, actions)} == set(FIVE) - {L3}
+    assert all(p == propose(high, 3, (L0,)) for _, p in sent(Propose, actions))
+
+
+def test_the_own_acceptance_counts_when_taking_over() -> None:
+    rig = Rig(L1)
+    mine = rig.regroup(*rig.head.roster[:4])
+    assert sent(Accepted, rig.hears(L0, propose(mine)))
+    rig.hears(L2, rig.ready(ballot=1))
+    rig.passes(0.25)
+    rig.hears(L2, rig.promise(1))
+    actions = rig.hears(L3, rig.promise(1))
+    assert [p.outcome for _, p in sent(Propose, actions)] == [mine] * 4
+
+
+def test_an_exchange_that_was_complete_is_taken_up() -> None:
+    leader = taken_over(1)
+    plan, outcome = leader.plan(), leader.average()
+    report = Report(
+        height=HEIGHT,
+        ballot=0,
+        plan=wire.plan_digest(plan),
+        complete=True,
+        vector_root=outcome.vector_root,
+        state_root=outcome.state_root,
+        lost=(),
+    )
+    leader.hears(L2, leader.promise(1, plan=plan, report=report))
+    actions = leader.hears(L3, leader.promise(1))
+    assert sent(Propose, actions)[0][1] == propose(outcome, 1, (L2,))
+
+
+def test_with_nothing_accepted_or_complete_the_round_starts_again() -> None:
+    leader = taken_over(1)
+    leader.works()
+    leader.hears(L2, leader.promise(1))
+    leader.hears(L3, leader.promise(1))
+    for peer in (L0, L2):  # L4 was ready before
+        assert sent(Plan, leader.hears(peer, leader.ready(1))) == []
+    actions = leader.hears(L3, leader.ready(1))
+    assert sent(Propose, actions) == []
+    assert {plan.ballot for _, plan in sent(Plan, actions)} == {1}
+
+
+def test_a_promise_tells_what_was_accepted_and_binds() -> None:
+    member = Rig(L4)
+    outcome = member.regroup()
+    assert [to for to, _ in sent(Accepted, member.hears(L0, propose(outcome)))] == [L0]
+    actions = member.hears(L2, Prepare(height=HEIGHT, ballot=2))
+    assert sent(Promise, actions) == [(L2, member.promise(2, accepted_ballot=0, accepted=outcome))]
+    other = member.regroup(*member.head.roster[:3])
+    for lower in (propose(other, 1), Prepare(height=HEIGHT, ballot=1), member.plan(1)):
+        actions = member.hears(L1, lower)
+        assert sent(Refused, actions) == [(L1, Refused(height=HEIGHT, ballot=1, promised=2))]
+        assert len(of(Send, actions)) == len(actions) == 1
+    again = sent(Accepted, member.hears(L2, propose(other, 2)))
+    assert [(to, a.outcome) for to, a in again] == [(L2, wire.outcome_digest(other))]
+
+
+def test_only_the_leader_of_a_ballot_is_heard_in_it() -> None:
+    member = Rig(L4)
+    member.works()
+    for message in (
+        propose(member.regroup(), 1),
+        Prepare(height=HEIGHT, ballot=1),
+        member.plan(1),
+        Lead(height=HEIGHT, ballot=1, closing=True),
+    ):
+        assert member.hears(L2, message) == []
+    assert member.machine.ballot == 0
+
+
+def test_ballots_that_nobody_reaches_by_taking_turns_are_ignored() -> None:
+    member = Rig(L4)
+    ballot = 5 * 10**6  # of L0
+    assert member.hears(L0, Prepare(height=HEIGHT, ballot=ballot)) == []
+    assert member.machine.ballot == 0
+
+
+# -- plans ------------------------------------------------------------------------------------
+
+
+def test_a_sound_plan_is_followed_once() -> None:
+    member = Rig(L1)
+    member.works()
+    plan = member.plan()
+    expected = [StartExchange(plan=plan, digest=wire.plan_digest(plan))]
+    assert of(StartExchange, member.hears(L0, plan)) == expected
+    assert of(StartExchange, member.hears(L0, plan)) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"previous": NO_DIGEST},
+        {"round": ROUND + 1},
+        {"round": ROUND - 1},
+        {"codec": "int8"},
+        {"contributions": tuple(Contribution(peer_id=p, samples=11) for p in FIVE)},
+        {"receivers": (*FIVE, "x")},
+        {
+            "receivers": tuple(p for p in FIVE if p != L1),
+            "contributions": (Contribution(peer_id=L0, samples=10),),
+            "slices": equal_slices(LAYOUT.numel, (L0,)),
+        },
+        {"slices": equal_slices(LAYOUT.numel + 1, tuple(FIVE))},
+        {"slices": equal_slices(LAYOUT.numel - 1024, tuple(FIVE))},
+    ],
+    ids=str,
+)
+def test_a_plan_that_does_not_fit_is_not_followed(changes: dict[str, Any]) -> None:
+    member = Rig(L1)
+    member.works(10)
+    actions = member.hears(L0, member.plan(**changes))
+    assert actions == []
+    assert sent(Report, member.passes(2.0)) == []
+
+
+def test_nobody_contributes_what_it_has_not_done() -> None:
+    idle = Rig(L1)
+    assert idle.hears(L0, idle.plan()) == []
+    others = tuple(c for c in idle.plan().contributions if c.peer_id != L1)
+    receiving = idle.plan(contributions=others)
+    assert of(StartExchange, idle.hears(L0, receiving))
+
+
+# -- accepting --------------------------------------------------------------------------------
+
+
+def test_an_average_is_accepted_only_once_it_is_held() -> None:
+    member = Rig(L1)
+    outcome = member.average()
+    actions = member.hears(L0, propose(outcome, holders=(L2, L1)))
+    assert of(Fetch, actions) == [Fetch(outcome=outcome, holders=(L2,))]
+    assert sent(Accepted, actions) == []
+    failed = member.machine.fetched(outcome, False, member.now)
+    assert sent(Accepted, failed) == []
+    assert of(Fetch, member.passes(1.25))  # tries again, in its own time
+    assert sent(Accepted, member.passes(3.0)) == []
+    got = member.machine.fetched(outcome, True, member.now)
+    ((to, accepted),) = sent(Accepted, got)
+    assert to == L0
+    assert accepted.outcome == wire.outcome_digest(outcome)
+    text = signed_text(RUN, 0, outcome)
+    assert check(L1, ACCEPT_DOMAIN, text, accepted.signature)
+
+
+def test_an_average_of_the_own_exchange_needs_no_download() -> None:
+    member = Rig(L1)
+    member.works()
+    member.hears(L0, member.plan())
+    outcome = member.average()
+    # The proposal overtakes the exchange: it is about to end anyway.
+    assert of(Fetch, member.hears(L0, propose(outcome))) == []
+    actions = member.exchanges(member.plan(), outcome)
+    assert [to for to, _ in sent(Accepted, actions)] == [L0]
+    assert sent(Report, actions)[0][1].complete
+
+
+@pytest.mark.parametrize("part", ["vector_root", "state_root"])
+def test_another_result_than_the_proposed_one_is_not_signed(part: str) -> None:
+    member = Rig(L1)
+    member.works()
+    member.hears(L0, member.plan())
+    outcome = member.average()
+    mine = dataclasses.replace(outcome, **{part: blake3(b"mine").digest()})
+    member.exchanges(member.plan(), mine)
+    actions = member.hears(L0, propose(outcome))
+    assert sent(Accepted, actions) == []
+    assert of(Fetch, actions)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"previous": NO_DIGEST},
+        {"round": ROUND},
+        {"round": ROUND + 2},
+        {"samples": SAMPLES + 51},
+        {"kind": Kind.FOUND},
+        {"kind": Kind.GATHER},
+        {"kind": Kind.REGROUP},
+    ],
+    ids=str,
+)
+def test_an_outcome_that_does_not_follow_from_here_is_not_accepted(
+    changes: dict[str, Any],
+) -> None:
+    member = Rig(L1)
+    outcome = member.average(**changes)
+    held = member.machine.fetched(outcome, True, member.now)
+    assert held == []
+    assert member.hears(L0, propose(outcome)) == []
+
+
+@pytest.mark.parametrize(
+    "changes", [{"state_root": NO_DIGEST}, {"samples": SAMPLES + 1}, {"round": ROUND + 1}], ids=str
+)
+def test_a_regroup_that_changes_the_state_is_not_accepted(changes: dict[str, Any]) -> None:
+    member = Rig(L1)
+    assert member.hears(L0, propose(member.regroup(**changes))) == []
+    assert sent(Accepted, member.hears(L0, propose(member.regroup())))
+
+
+def test_a_restarted_session_never_votes_in_its_old_seat() -> None:
+    again = Rig(L1, session=2)
+    assert again.began == []
+    outcome = again.regroup()
+    for message in (
+        Lead(height=HEIGHT, ballot=0, closing=True),
+        again.plan(),
+        propose(outcome),
+    ):
+        assert again.hears(L0, message) == []
+    assert again.hears(L2, Prepare(height=HEIGHT, ballot=2)) == []
+    actions = again.passes(20.0)
+    assert {type(a.message) for a in of(Send, actions)} == {Join}
+    assert len(of(Send, actions)) == len(actions)
+    assert {message.member.session for _, message in sent(Join, actions)} == {2}
+
+
+# -- committing -------------------------------------------------------------------------------
+
+
+def test_a_commit_is_applied_once_its_average_is_held() -> None:
+    member = Rig(L1)
+    outcome = member.average()
+    actions = member.hears(L0, commit(signed(outcome, "abc"), holders=("c",)))
+    assert of(Fetch, actions) == [Fetch(outcome=outcome, holders=("c",))]
+    assert of(Apply, actions) == []
+    actions = member.machine.fetched(outcome, True, member.now)
+    assert of(Apply, actions) == [Apply(certificate=signed(outcome, "abc"))]
+    assert member.machine.head.round == ROUND + 1
+    assert of(StartWork, actions)[0].round == ROUND + 1
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda rig: signed(rig.regroup(), "ab"),
+        lambda rig: signed(rig.regroup(), "abx"),
+        lambda rig: signed(rig.regroup(), "abc", run="11" * 20),
+        lambda rig: dataclasses.replace(signed(rig.regroup(), "abc"), ballot=1),
+        lambda rig: signed(rig.regroup(samples=SAMPLES + 1), "abc"),
+        lambda rig: signed(rig.regroup(state_root=NO_DIGEST), "abc"),
+        lambda rig: signed(rig.average(round=ROUND + 5), "abc"),
+    ],
+)
+def test_a_commit_that_the_roster_did_not_sign_changes_nothing(spoil: Any) -> None:
+    member = Rig(L1)
+    assert member.hears(L0, commit(spoil(member))) == []
+    assert member.machine.head == member.head
+    assert of(Apply, member.hears(L0, commit(signed(member.regroup(), "abc"))))
+
+
+def test_a_majoritys_word_replaces_a_provisional_one_and_never_the_reverse() -> None:
+    member = Rig(L1)
+    alone, real = member.average(b"alone"), member.average(b"real")
+    provisional = signed(alone, L4, provisional=True)
+    member.hears(L4, commit(provisional, holders=(L4,)))
+    member.hears(L0, commit(signed(real, "abc"), holders=(L0,)))
+    member.hears(L4, commit(provisional, holders=(L4,)))
+    member.machine.fetched(alone, False, member.now)
+    assert [f.outcome for f in of(Fetch, member.passes(1.25))] == [real]
+    assert of(Apply, member.machine.fetched(alone, True, member.now)) == []
+    actions = member.machine.fetched(real, True, member.now)
+    assert of(Apply, actions) == [Apply(certificate=signed(real, "abc"))]
+
+
+def test_a_regroup_leaves_finished_work_as_it_is() -> None:
+    member = Rig(L2)
+    member.works(33)
+    actions = member.hears(L0, commit(signed(member.regroup(), "abc")))
+    assert of(StartWork, actions) == []
+    ((to, ready),) = sent(Ready, actions)
+    assert to == order(FIVE, HEIGHT + 1)[0] == L1
+    assert (ready.height, ready.samples) == (HEIGHT + 1, 33)
+
+
+def test_a_commit_that_got_lost_is_made_good_by_what_members_repeat() -> None:
+    leader, member = Rig(L0), Rig(L1)
+    outcome = leader.regroup()
+    certificate = signed(outcome, "abc")
+    accepted = sent(Accepted, member.hears(L0, propose(outcome)))
+    assert accepted
+    leader.hears(L2, commit(certificate))
+    assert leader.machine.head.height == HEIGHT + 1
+    repeated = sent(Accepted, member.passes(1.0))
+    assert accepted[0] in repeated
+    answers = sent(Commit, leader.hears(L1, repeated[0][1]))
+    assert answers == [(L1, commit(certificate, holders=(L0,)))]
+    member.hears(L0, answers[0][1])
+    assert member.machine.head == leader.machine.head
+
+
+def test_work_that_is_done_is_said_again_every_second() -> None:
+    member = Rig(L1)
+    member.works()
+    member.passes(1.0)
+    assert len(sent(Ready, member.passes(3.0))) == 3
+
+
+# -- other heights and strangers --------------------------------------------------------------
+
+
+def ahead(rig: Rig) -> tuple[Certificate, Plan]:
+    """The commit of this height, and a plan of the next by its leader."""
+    certificate = signed(rig.regroup(), "abc")
+    plan = rig.plan(height=HEIGHT + 1, previous=Head.after(certificate).digest)
+    return certificate, plan
+
+
+def test_a_message_of_the_next_height_waits_for_the_commit() -> None:
+    member = Rig(order(FIVE, HEIGHT + 1)[1])
+    member.works()
+    certificate, plan = ahead(member)
+    leader = order(FIVE, HEIGHT + 1)[0]
+    assert member.hears(leader, plan) == []
+    actions = member.hears(L0, commit(certificate))
+    assert [start.plan for start in of(StartExchange, actions)] == [plan]
+
+
+def test_who_stays_behind_catches_up_with_whoever_spoke_last() -> None:
+    member = Rig(L1)
+    certificate, plan = ahead(member)
+    others = [peer for peer in FIVE if peer != L1]
+    member.hears(others[0], plan)
+    assert of(CatchUp, member.passes(BEHIND_S - 0.25)) == []
+    member.hears(others[1], Lead(height=HEIGHT + 2, ballot=0, closing=False))
+    assert of(CatchUp, member.passes(0.25)) == [CatchUp(peer=others[1])]
+    # That one is silent, too: another one who is ahead is asked next.
+    later = dataclasses.replace(certificate.outcome, height=HEIGHT + 1)
+    member.hears(others[2], commit(signed(later, "abc")))
+    assert of(CatchUp, member.passes(1.0)) == [CatchUp(peer=others[2])]
+
+
+def test_catching_up_is_over_when_the_commit_arrives() -> None:
+    member = Rig(L1)
+    certificate, plan = ahead(member)
+    member.hears(L0, plan)
+    member.hears(L0, commit(certificate))
+    assert of(CatchUp, member.passes(5.0)) == []
+
+
+STRANGE = [
+    lambda rig: Lead(height=HEIGHT, ballot=0, closing=True),
+    lambda rig: Lead(height=HEIGHT + 7, ballot=0, closing=True),
+    lambda rig: rig.plan(),
+    lambda rig: rig.plan(height=HEIGHT + 1),
+    lambda rig: Prepare(height=HEIGHT, ballot=1),
+    lambda rig: rig.promise(0),
+    lambda rig: propose(rig.regroup()),
+    lambda rig: rig.ready(),
+    lambda rig: Refused(height=HEIGHT, ballot=0, promised=9),
+    lambda rig: commit(signed(rig.regroup(), "x")),
+    lambda rig: Leave(height=HEIGHT),
+    lambda rig: Join(member=seat("a", session=9), height=HEIGHT),
+    lambda rig: messages.Hello(height=0),
+    lambda rig: messages.Heads(certificates=(rig.certificate,)),
+]
+
+
+@pytest.mark.parametrize("me", [L0, L1])
+def test_strangers_are_ignored(me: str) -> None:
+    rig, undisturbed = Rig(me), Rig(me)
+    for say in STRANGE:
+        assert rig.hears("x", say(rig)) == []
+    assert rig.works() == undisturbed.works()
+    assert rig.passes(3.0) == undisturbed.passes(3.0)
+    assert rig.machine.head == rig.head
+
+
+def test_a_member_that_is_behind_is_sent_the_newest_commit() -> None:
+    rig = Rig(L1)
+    behind = Ready(height=HEIGHT - 1, ballot=0, head=NO_DIGEST, samples=0)
+    assert rig.hears(L2, behind) == [Send(to=L2, message=commit(rig.certificate, holders=(L1,)))]
+
+
+# -- coming, going, ending --------------------------------------------------------------------
+
+
+def test_a_joiner_asks_every_second_and_a_round_takes_it_in() -> None:
+    joiner = Rig("x")
+    assert {to for to, _ in sent(Join, joiner.passes(0.25))} == set(FIVE)
+    leader = Rig(L0)
+    newcomer = seat("x")
+    leader.hears("x", Join(member=newcomer, height=HEIGHT))
+    leader.works()
+    for peer in (L1, L2, L3, L4):
+        leader.hears(peer, leader.ready())
+    outcome = leader.average()
+    report = Report(
+        height=HEIGHT,
+        ballot=0,
+        plan=wire.plan_digest(leader.plan()),
+        complete=True,
+        vector_root=outcome.vector_root,
+        state_root=outcome.state_root,
+        lost=(),
+    )
+    leader.hears(L1, report)
+    leader.hears(L2, report)
+    proposals = sent(Propose, leader.hears(L3, report))
+    assert proposals[0][1].outcome.roster == (*leader.head.roster, newcomer)
+
+
+def test_a_leaver_goes_when_an_outcome_leaves_it_out() -> None:
+    member = Rig(L1)
+    assert of(Left, member.machine.leave(member.now)) == []
+    assert {to for to, _ in sent(Leave, member.passes(0.25))} == set(FIVE) - {L1}
+    rest = tuple(m for m in member.head.roster if m.peer_id != L1)
+    kept = member.hears(L0, commit(signed(member.regroup(), "abc")))
+    assert of(Left, kept) == []
+    head = member.machine.head
+    without = member.regroup(*rest, height=HEIGHT + 1, previous=head.digest)
+    assert of(Left, member.hears(L0, commit(signed(without, "abc"))))
+
+
+def test_the_last_one_may_leave_at_once() -> None:
+    alone = Rig("a", "a")
+    assert of(Left, alone.machine.leave(alone.now))
+
+
+def test_the_run_ends_with_its_last_round() -> None:
+    member = Rig(L1, config=dataclasses.replace(CONFIG, rounds=ROUND + 1))
+    outcome = member.average()
+    member.hears(L0, commit(signed(outcome, "abc")))
+    actions = member.machine.fetched(outcome, True, member.now)
+    assert of(Finished, actions) == [Finished()]
+    assert of(StartWork, actions) == []
+    assert member.machine.finished
+    assert not member.machine.all_finished
+    for peer in FIVE:
+        member.hears(peer, Leave(height=HEIGHT + 1))
+    assert member.machine.all_finished
+
+
+def test_another_branch_is_taken_only_if_it_outranks_this_one() -> None:
+    rig = Rig(L1)
+    rig.works()
+    lesser = signed(rig.average(samples=SAMPLES - 1), "abc")
+    assert rig.machine.install(lesser, rig.now) == []
+    assert rig.machine.certificate == rig.certificate
+    better = signed(rig.average(samples=SAMPLES + 10**6), "abc")
+    actions = rig.machine.install(better, rig.now)
+    assert rig.machine.certificate == better
+    assert of(StartWork, actions)[0].round == ROUND + 1
+    assert of(Apply, actions) == []  # the shell has installed the state itself
