@@ -5,8 +5,8 @@
 Starts one process per peer for each codec in turn. Peers find each other through the DHT, hand in a
 random vector at once instead of training, and average it `--rounds` times. Prints medians over the
 rounds after the first: seconds from the plan to the complete average (`allreduce_s`), seconds from
-one commit to the next, bytes sent per peer and round, CPU seconds per round, peak memory; and checks
-that all peers ended every round with one digest.
+one commit to the next, bytes sent per peer and round, CPU seconds per round, peak memory; and
+checks that all peers ended every round with one digest.
 """
 
 from __future__ import annotations
