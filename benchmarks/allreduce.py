@@ -30,8 +30,8 @@ def peer(arguments: argparse.Namespace) -> None:
     """One peer of the benchmark; prints a JSON line per round."""
     import torch
 
+    from coordinator_free.config import RoundConfig
     from coordinator_free.handoff import SessionClosed
-    from coordinator_free.machine import RoundConfig
     from coordinator_free.outer import OuterConfig
     from coordinator_free.session import Session, SessionConfig
     from dht.identity import Identity

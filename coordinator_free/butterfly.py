@@ -339,6 +339,7 @@ class Butterfly:
     async def _feed(self, reducer: Reducer, piece: Slice) -> None:
         """My own contribution to my own slice takes the same way as everybody's."""
         if self._values_N is None:
+            reducer.drop(self._me)
             return
         try:
             for start, stop in self._bounds(piece):

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, TypeVar
+from typing import Protocol, TypeVar
 
 from coordinator_free import certificates, wire
+from coordinator_free.certificates import Head, Verify
+from coordinator_free.config import Layout, RoundConfig
+from coordinator_free.membership import Membership
 from coordinator_free.messages import (
     NO_DIGEST,
     Accepted,
@@ -19,6 +22,7 @@ from coordinator_free.messages import (
     Kind,
     Lead,
     Member,
+    Message,
     Outcome,
     Plan,
     Prepare,
@@ -30,19 +34,53 @@ from coordinator_free.messages import (
 )
 from coordinator_free.partition import equal_slices
 
-if TYPE_CHECKING:
-    from coordinator_free.machine import Machine
-
 K = TypeVar("K")
 
 BEAT_S = 1.0  # heartbeats, and the time after which an unanswered message is repeated
 JUDGE_MARGIN_S = 2.0  # members notice the deadline of an exchange before their leader does
 
 
+class Floor(Protocol):
+    """What the leader needs of the member whose turn it is (`machine.Machine`)."""
+
+    me: Member
+    run_id: str
+    layout: Layout
+    config: RoundConfig
+    head: Head
+    membership: Membership
+    check: Verify
+
+    @property
+    def gathering(self) -> bool:
+        """Whether the first round still waits for enough peers."""
+        ...
+
+    def plausible(self, outcome: Outcome) -> bool:
+        """Whether this outcome could follow on the current head."""
+        ...
+
+    def send(self, to: str, message: Message) -> None:
+        """To one peer, which may be this one."""
+        ...
+
+    def send_roster(self, message: Message) -> None:
+        """To every member, this one included."""
+        ...
+
+    def commit(self, certificate: Certificate, holders: tuple[str, ...], now: float) -> None:
+        """There is a quorum: tell everyone concerned, then commit. The turn is over."""
+        ...
+
+    def lead_again(self, now: float) -> None:
+        """The proposal found no quorum: take this peer's next turn."""
+        ...
+
+
 class Leadership:
     """The leader's side of ballot `ballot` at the machine's current height."""
 
-    def __init__(self, machine: Machine, ballot: int, now: float) -> None:
+    def __init__(self, machine: Floor, ballot: int, now: float) -> None:
         self._machine = machine
         self._ballot = ballot
         self._prepared = ballot == 0  # nothing can have been accepted before the first ballot

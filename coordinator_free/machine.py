@@ -31,12 +31,24 @@ lies about having been partitioned (docs/threat_model.md).
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 
 from blake3 import blake3
 
 from coordinator_free import certificates, wire
+from coordinator_free.actions import (
+    Action,
+    Apply,
+    CatchUp,
+    CloseWork,
+    Fetch,
+    Finished,
+    Left,
+    Send,
+    StartExchange,
+    StartWork,
+)
 from coordinator_free.certificates import Head, Signer, Verify
+from coordinator_free.config import Layout, RoundConfig
 from coordinator_free.leadership import BEAT_S, Leadership
 from coordinator_free.membership import Membership
 from coordinator_free.messages import (
@@ -63,106 +75,6 @@ from coordinator_free.messages import (
 
 BEHIND_S = 1.0  # how long a message from a later height may overtake the commit before it
 MAX_BALLOT = 2**63  # nobody gets there by taking turns
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RoundConfig:
-    """How the swarm runs its rounds; the same for all of its peers.
-
-    Attributes:
-        start_peers: the first round begins when so many are there.
-        rounds: the run ends after so many; 0 for no end.
-        codec: what tensors are encoded as (`codecs`).
-        grace_s: how long stragglers may hold the others once a majority is ready.
-        close_s: how long a straggler may take to hand in what it has when asked to.
-        exchange_s: deadline of one averaging.
-        suspect_s: silence after which a leader is replaced or a lost peer loses its seat.
-        provisional_s: how long more than half must be gone before the rest goes on without.
-    """
-
-    start_peers: int = 1
-    rounds: int = 0
-    codec: str = "int4"
-    grace_s: float = 10.0
-    close_s: float = 3.0
-    exchange_s: float = 60.0
-    suspect_s: float = 5.0
-    provisional_s: float = 10.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Layout:
-    """What a plan needs to know about the vector: its length and how much of it is one chunk."""
-
-    numel: int
-    chunk_elements: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Send:
-    """Deliver a message; report success or failure of the delivery back."""
-
-    to: str
-    message: Message
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StartWork:
-    """Train for this round, as seat `seat` of `seats`; answer with `work_done`."""
-
-    round: int
-    seat: int
-    seats: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CloseWork:
-    """The others wait: hand in the work of this round as it is."""
-
-    round: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StartExchange:
-    """Average by this plan; answer with `exchange_done` or `exchange_failed`."""
-
-    plan: Plan
-    digest: bytes
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Fetch:
-    """Get the bytes of this outcome's average and compute its state; answer with `fetched`."""
-
-    outcome: Outcome
-    holders: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Apply:
-    """Decided: the state of this outcome, which is held, is now the state."""
-
-    certificate: Certificate
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CatchUp:
-    """This peer is at another height or branch: ask it what was decided."""
-
-    peer: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Finished:
-    """The run's last round is committed."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Left:
-    """The roster no longer names this peer, as it asked."""
-
-
-Action = Send | StartWork | CloseWork | StartExchange | Fetch | Apply | CatchUp | Finished | Left
 
 
 class Machine:

@@ -77,6 +77,9 @@ class Outbox:
                         queue.get_nowait()
                         queue.task_done()
                     self._on_failed(peer)
+                except ValueError as error:
+                    # Our own message is over-long: a roster of thousands. Not the partner's fault.
+                    logger.error("outbox.not_sent %s: %s", type(message).__name__, error)
                 else:
                     self._on_delivered(peer)
                 queue.task_done()

@@ -29,13 +29,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from coordinator_free import certificates, machine, transfer, wire
+from coordinator_free import actions, certificates, transfer, wire
+from coordinator_free.actions import Action
 from coordinator_free.butterfly import Butterfly, ExchangeFailed
 from coordinator_free.certificates import Head
 from coordinator_free.codecs import codec
+from coordinator_free.config import Layout, RoundConfig
 from coordinator_free.contact import Contact
 from coordinator_free.handoff import Assignment, Handoff, RoundResult, SessionClosed
-from coordinator_free.machine import Action, Layout, Machine, RoundConfig
+from coordinator_free.machine import Machine
 from coordinator_free.messages import Certificate, Commit, Hello, Kind, Member, Outcome, Plan
 from coordinator_free.outbox import Outbox
 from coordinator_free.outer import NesterovOuter, OuterConfig
@@ -379,14 +381,14 @@ class Session:
 
     # -- what the machine wants ---------------------------------------------------------------
 
-    def _do(self, actions: list[Action]) -> None:
-        for action in actions:
+    def _do(self, wanted: list[Action]) -> None:
+        for action in wanted:
             match action:
-                case machine.Send():
+                case actions.Send():
                     member = self._protocol.membership.member(action.to)
                     if member is not None:
                         self._outbox.send(member.contact, action.message)
-                case machine.StartWork():
+                case actions.StartWork():
                     self._handoff.assign(
                         Assignment(
                             round=action.round,
@@ -396,20 +398,20 @@ class Session:
                             closing=threading.Event(),
                         )
                     )
-                case machine.CloseWork():
+                case actions.CloseWork():
                     self._handoff.close_work(action.round)
-                case machine.StartExchange():
+                case actions.StartExchange():
                     self._start_exchange(action.plan, action.digest)
-                case machine.Fetch():
+                case actions.Fetch():
                     self._tasks.create_task(self._fetch(action.outcome, action.holders))
-                case machine.Apply():
+                case actions.Apply():
                     self._apply(action.certificate)
-                case machine.CatchUp():
+                case actions.CatchUp():
                     self._catch_up_with(action.peer)
-                case machine.Finished():
+                case actions.Finished():
                     self._ending = self._ending or "finished"
                     self._handoff.close()
-                case machine.Left():
+                case actions.Left():
                     self._ending = "left"
 
     def _start_exchange(self, plan: Plan, digest: bytes) -> None:
@@ -545,13 +547,13 @@ class Session:
         except PeerError as error:
             logger.info("session.catch_up_failed %s", error)
             return
-        actions = protocol.install(newest, self._now())
+        wanted = protocol.install(newest, self._now())
         if protocol.certificate == newest:
             logger.info("session.resynchronised round=%d with=%s", newest.outcome.round, contact)
             self._held.install(state, newest)
             self._head_since = self._round_began = self._now()
             self._failed_fetches = 0
-        self._do(actions)
+        self._do(wanted)
 
     async def _reaches(self, height: int) -> bool:
         """Whether the machine gets to this height while an average is fetched for it."""

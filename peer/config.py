@@ -19,7 +19,7 @@ from pathlib import PurePath
 from typing import Any, Literal, TypeVar, get_type_hints
 
 from coordinator_free.codecs import codec
-from coordinator_free.machine import RoundConfig
+from coordinator_free.config import RoundConfig
 from coordinator_free.outer import OuterConfig
 from dht.errors import ConfigError
 from model.builders import ModelConfig

@@ -10,6 +10,7 @@ from blake3 import blake3
 
 from coordinator_free import certificates, messages, wire
 from coordinator_free.certificates import ACCEPT_DOMAIN, Head, found, signed_text
+from coordinator_free.config import Layout, RoundConfig
 from coordinator_free.machine import (
     BEHIND_S,
     Action,
@@ -18,10 +19,8 @@ from coordinator_free.machine import (
     CloseWork,
     Fetch,
     Finished,
-    Layout,
     Left,
     Machine,
-    RoundConfig,
     Send,
     StartExchange,
     StartWork,

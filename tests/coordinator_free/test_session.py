@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from coordinator_free.config import RoundConfig
 from coordinator_free.handoff import RoundResult, SessionClosed
-from coordinator_free.machine import RoundConfig
 from coordinator_free.outer import OuterConfig
 from coordinator_free.session import Session, SessionConfig
 from dht.directory import InMemoryDirectory, InMemoryNetwork

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from coordinator_free.machine import RoundConfig
+from coordinator_free.config import RoundConfig
 from tests.sim.world import Faults, World
 
 QUICK = RoundConfig(grace_s=5.0, exchange_s=10.0)

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 
 from blake3 import blake3
 
-from coordinator_free import certificates, machine, wire
+from coordinator_free import actions, certificates, wire
 from coordinator_free.certificates import Head
-from coordinator_free.machine import Layout, Machine, RoundConfig
+from coordinator_free.config import Layout, RoundConfig
+from coordinator_free.machine import Machine
 from coordinator_free.messages import (
     NO_DIGEST,
     Certificate,
@@ -221,24 +222,24 @@ class World:
             and frozenset((a, b)) not in self.cut
         )
 
-    def _do(self, peer: Peer, actions: list[machine.Action]) -> None:
-        for action in actions:
+    def _do(self, peer: Peer, wanted: list[actions.Action]) -> None:
+        for action in wanted:
             match action:
-                case machine.Send():
+                case actions.Send():
                     self._send(peer, action.to, action.message)
-                case machine.StartWork():
+                case actions.StartWork():
                     self._work(peer, action)
-                case machine.CloseWork() | machine.Finished():
+                case actions.CloseWork() | actions.Finished():
                     peer.finished = peer.machine.finished
-                case machine.Left():
+                case actions.Left():
                     peer.left = True
-                case machine.StartExchange():
+                case actions.StartExchange():
                     self._exchange(peer, action.plan, action.digest)
-                case machine.Fetch():
+                case actions.Fetch():
                     self._fetch(peer, action.outcome, action.holders)
-                case machine.Apply():
+                case actions.Apply():
                     self._apply(peer, action.certificate)
-                case machine.CatchUp():
+                case actions.CatchUp():
                     self._catch_up(peer, action.peer)
 
     def _send(self, peer: Peer, to: str, message: Message) -> None:
@@ -265,7 +266,7 @@ class World:
                 ),
             )
 
-    def _work(self, peer: Peer, action: machine.StartWork) -> None:
+    def _work(self, peer: Peer, action: actions.StartWork) -> None:
         self._later(
             peer,
             self.random.uniform(*self.work_s),
