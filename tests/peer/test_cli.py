@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from dht.identity import Identity
 from peer import cli
 from peer.homes import DaemonFile, Home
+from peer.link import Link, write_link_file
 
 RUN = "0123456789abcdef0123456789abcdef01234567"
 COMMANDS = ["init", "create", "join", "demo", "status", "stop"]
@@ -62,6 +64,9 @@ def test_a_slip_is_one_line(
         (["join", f"shoal://{RUN}?peer=/ip4/1.2.3.4"], "not the address of a peer"),
         (["join", f"shoal://{RUN}", "--link-file", "x"], "both LINK and --link-file"),
         (["ping", "/ip4/1.2.3.4"], "not the address of a peer"),
+        (["ping"], "missing LINK_OR_ADDRESS"),
+        (["ping", "/ip4/1.2.3.4", "--link-file", "link"], "both LINK_OR_ADDRESS and --link-file"),
+        (["ping", "--link-file", "link", "--timeout", "0.1"], "link did not appear within 0.1 s"),
         (["demo", "--codec", "int3"], "--codec"),
         (["demo", "--peers", "0"], "--peers"),
         (["demo", "--data", "none.txt"], "none.txt"),
@@ -112,6 +117,23 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
     assert f"shoal {command}" in out
     assert "\\b" not in out
     assert max(map(len, out.splitlines())) <= 80
+
+
+def test_ping_asks_whom_a_link_file_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    maddr = f"/dns4/bootstrap/tcp/4001/p2p/{Identity.generate().peer_id}"
+    write_link_file(tmp_path / "link", Link(RUN, (maddr,)))
+    asked: list[tuple[str, float]] = []
+
+    def answer(address: str, timeout_s: float) -> float:
+        asked.append((address, timeout_s))
+        return 0.25
+
+    monkeypatch.setattr("peer.ping.ping_once", answer)
+    assert cli.run(["ping", "--link-file", "link", "--timeout", "3"]) == 0
+    assert asked == [(maddr, 3.0)]
+    assert "answered in 250.0 ms" in capsys.readouterr().out
 
 
 def test_help_lists_the_commands_in_the_order_of_use(capsys: pytest.CaptureFixture[str]) -> None:

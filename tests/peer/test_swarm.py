@@ -258,6 +258,28 @@ def test_create_and_join_in_two_terminals(shoal: Shoal) -> None:
     shoal.gone_within(5)
 
 
+def test_a_creator_that_was_killed_goes_back_to_its_run(shoal: Shoal) -> None:
+    (shoal.folder / "run.toml").write_text(SMALL.format(rounds=0, start_peers=1, local_steps=100))
+    home = shoal.folder / "creator"
+    create = ("create", "run.toml", "--host", "127.0.0.1", "--json", "--home", str(home))
+    first = shoal.start(*create)
+    link = until(events(first.stdout), lambda event: event["event"] == "link")["link"]
+    second = shoal.start("join", link, "--host", "127.0.0.1", "--json")
+    of_second = events(second.stdout)
+    until(of_second, lambda e: e["event"] == "round" and e["members"] == 2)
+    until(of_second, lambda _: (home / "peers").exists())
+    first.kill()
+    before = until(of_second, lambda e: e["event"] == "round" and e["members"] == 1)["round"]
+
+    again = shoal.start(*create)
+    of_again = events(again.stdout)
+    assert until(of_again, lambda e: e["event"] == "link")["run"] == link[8:48]
+    back = until(of_again, lambda e: e["event"] == "round" and e["members"] == 2)
+    assert back["round"] > before
+    same = until(of_second, lambda e: e["event"] == "round" and e["round"] == back["round"])
+    assert same["digest"] == back["digest"]
+
+
 def test_joining_nobody_is_one_line(shoal: Shoal, peer_id: str) -> None:
     link = f"shoal://{'ab' * 20}?peer=/ip4/127.0.0.1/tcp/9/p2p/{peer_id}"
     status, out, err = shoal.run("join", link, "--host", "127.0.0.1")
