@@ -18,7 +18,7 @@ from torch import Tensor
 
 from coordinator_free.codecs import codec
 from coordinator_free.messages import MAX_MEMBERS, FrameHeader, Plan, Slice
-from coordinator_free.partition import chunk_bounds
+from coordinator_free.partition import ALIGN_ELEMENTS, chunk_bounds
 from coordinator_free.wire import pack_frame, tree_root, unpack_frame
 
 _PREFIX = struct.Struct(">IIQI")
@@ -149,6 +149,8 @@ class AverageReader:
         # No codec takes more than float32 does: bounds the memory before `finish` validates.
         if len(chunk.payload) > 4 * chunk.elements:
             raise ValueError("a chunk of an average is over-long")
+        if len(self._chunks) > self._numel // ALIGN_ELEMENTS + MAX_MEMBERS:
+            raise ValueError("an average in too many chunks")
         self._chunks.append(chunk)
 
     def finish(self, root: bytes) -> Average:

@@ -103,12 +103,13 @@ class Handoff:
             SessionClosed: the session ended first.
             RoundError: the work is void, as the swarm went on from another state.
         """
+        work = self._taken  # only this thread sets it
+        if work is None:
+            raise SessionClosed("there is no work to submit")
+        pseudo_gradient_N = work.theta_N - local_N
         with self._changed:
-            work = self._taken
-            if work is None or self._closed:
-                raise SessionClosed("the session is over")
-            if work is self._assignment and not self._over(work.round):
-                self._pseudo_gradient_N = work.theta_N - local_N
+            if not self._closed and work is self._assignment and not self._over(work.round):
+                self._pseudo_gradient_N = pseudo_gradient_N
                 notify(work.round, samples)
             self._changed.wait_for(
                 lambda: self._closed or work is not self._assignment or self._over(work.round)
@@ -149,6 +150,14 @@ class Handoff:
             self._result = result
             if self._assignment is not None and self._over(self._assignment.round):
                 self._assignment.closing.set()
+            self._changed.notify_all()
+
+    def restart(self) -> None:
+        """The swarm went on from another state, perhaps of an earlier round: all work is void."""
+        with self._changed:
+            if self._assignment is not None:
+                self._assignment.closing.set()
+            self._assignment = self._pseudo_gradient_N = self._result = None
             self._changed.notify_all()
 
     def close(self) -> None:

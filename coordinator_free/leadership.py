@@ -186,7 +186,11 @@ class Leadership:
         if best is not None:
             (digest, vector_root, state_root), holders = best
             plan = self._promises[holders[0]].plan
-            if plan is not None and wire.plan_digest(plan) == digest:
+            if (
+                plan is not None
+                and wire.plan_digest(plan) == digest
+                and plan.previous == machine.head.digest
+            ):
                 self._propose_average(plan, vector_root, state_root, holders, now)
 
     def _collect(self, now: float) -> None:
@@ -231,6 +235,7 @@ class Leadership:
         )
         reducers = [member.peer_id for member in seated if member.can_reduce]
         if not contributions or not reducers:
+            self._regroup(now)  # everybody was closed before a first step: try again
             return
         self._plan = Plan(
             height=machine.head.height,

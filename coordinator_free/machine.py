@@ -221,9 +221,18 @@ class Machine:
         if Head.after(certificate).rank > self.head.rank:
             self._worked = self._working = None
             self._enter(certificate, now)
+            if self._working is not None and self.head.kind == Kind.REGROUP:
+                # The round's blocks are dealt out already, by a roster that is not known here.
+                self._out = [a for a in self._out if not isinstance(a, StartWork)]
+                self._working, self._worked = None, (self.head.round, 0)
         return self._drain(now)
 
     # -- what can be seen ---------------------------------------------------------------------
+
+    def takes(self, certificate: Certificate) -> bool:
+        """Whether this certificate settles its height here, now or once its average is fetched."""
+        pending = self._decided is not None and self._decided.certificate == certificate
+        return pending or self.head.height > certificate.outcome.height
 
     @property
     def is_member(self) -> bool:
@@ -311,12 +320,13 @@ class Machine:
         """Train for the round of this height, unless that is done or under way already.
 
         A height that only changed the roster in the middle of a round leaves the work as it is:
-        its blocks were dealt out by the roster that the round began with.
+        its blocks were dealt out by the roster that the round began with. Work of no samples is
+        none: who was closed before its first step tries again with the next attempt.
         """
         round = self.head.round
         if self.gathering or self._leaving:
             return
-        if self._worked is None or self._worked[0] != round:
+        if self._worked is None or self._worked[0] != round or self._worked[1] == 0:
             self._worked = None
             if self._working != round:
                 self._working = round
@@ -478,6 +488,8 @@ class Machine:
             plan.previous != self.head.digest
             or plan.round != self.head.round
             or plan.numel != self.layout.numel
+            or plan.chunk_elements != self.layout.chunk_elements
+            or plan.exchange_s != self.config.exchange_s
             or plan.codec != self.config.codec
             or not set(plan.receivers) <= set(self.head.peers)
             or self.me.peer_id not in plan.receivers
@@ -562,9 +574,28 @@ class Machine:
             return
         if outcome.height > self.head.height or outcome.previous != self.head.digest:
             self._is_ahead(sender, now)
-        elif self._supersedes(commit.certificate) and self.verifies(commit.certificate):
+        elif (
+            self._supersedes(commit.certificate)
+            and (not commit.certificate.provisional or self._believes(commit.certificate, now))
+            and self.verifies(commit.certificate)
+        ):
             self._decided = commit
             self._data_arrived(now)
+
+    def _believes(self, certificate: Certificate, now: float) -> bool:
+        """Whether a provisional certificate may settle this peer's height.
+
+        Somebody who was cut off comes back with one. A member that signed it knows better; one that
+        sees its roster at work does not follow it: if that branch is the better one, the directory
+        will show it, and the whole of it is taken over (`install`).
+        """
+        if not self.is_member or any(
+            signature.peer_id == self.me.peer_id for signature in certificate.signatures
+        ):
+            return True
+        if self.leader == self.me.peer_id:
+            return len(self.membership.live()) < self.head.majority
+        return now - self._leader_heard > self.config.suspect_s
 
     def _supersedes(self, certificate: Certificate) -> bool:
         """Whether to go by this certificate, or this news of who holds its average.
@@ -582,7 +613,10 @@ class Machine:
         )
 
     def commit(self, certificate: Certificate, holders: tuple[str, ...], now: float) -> None:
-        """The leadership has its majority: tell everyone concerned, then commit."""
+        """The leadership has its quorum: tell everyone concerned, then commit."""
+        if not self._supersedes(certificate):
+            self._leadership = None  # a majority's word is here already, only its average is not
+            return
         message = Commit(certificate=certificate, holders=holders)
         concerned = {*self.head.peers, *(m.peer_id for m in certificate.outcome.roster)}
         for peer in sorted(concerned - {self.me.peer_id}):
@@ -669,7 +703,7 @@ class Machine:
             self._accept(Propose(height=height, ballot=ballot, outcome=outcome, holders=()))
         if self._report is not None:
             self._send_report(self._report)
-        elif not self._exchanging:
+        if not self._exchanging:
             self._say_ready()
 
     def _drain(self, now: float) -> list[Action]:

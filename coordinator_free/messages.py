@@ -16,6 +16,7 @@ from coordinator_free.contact import Contact
 DIGEST_BYTES = 32
 MAX_MEMBERS = 4096
 MAX_HOSTS = 16
+MAX_HOSTS_CHARACTERS = 512
 MAX_CERTIFICATES = 16
 U64_MAX = 2**64 - 1
 NO_DIGEST = bytes(DIGEST_BYTES)
@@ -77,6 +78,8 @@ class Member:
             not 1 <= len(host) <= 255 for host in self.hosts
         ):
             raise ValueError(f"a member needs 1 to {MAX_HOSTS} host names")
+        if sum(map(len, self.hosts)) > MAX_HOSTS_CHARACTERS:
+            raise ValueError("a member's host names are over-long")  # they are in every outcome
         if not 1 <= self.port <= 65535:
             raise ValueError(f"port {self.port} is outside 1..65535")
 

@@ -7,6 +7,7 @@ is computed beside it. Guarantees that the state named by `root` is the state th
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -123,6 +124,7 @@ class Replica:
         self._outer = outer
         self._candidates: OrderedDict[tuple[bytes, bytes], State] = OrderedDict()
         self._averages: OrderedDict[bytes, Average] = OrderedDict()
+        self._lock = threading.Lock()  # `consider` runs in worker threads
         self.install(state, certificate)
 
     def install(self, state: State, certificate: Certificate) -> None:
@@ -131,7 +133,8 @@ class Replica:
             raise StateError("a state and the certificate that should name it differ")
         self.state = state
         self.certificates: deque[Certificate] = deque([certificate], maxlen=MAX_CERTIFICATES)
-        self._candidates.clear()
+        with self._lock:
+            self._candidates.clear()
 
     @property
     def numel(self) -> int:
@@ -145,16 +148,22 @@ class Replica:
 
         Returns:
             That state's root.
+
+        Raises:
+            ValueError: it is not finite, so nobody should go there.
         """
         base = self.state
         theta_N, momentum_N = self._outer.preview(base.theta_N, base.momentum_N, average.values())
+        if not (torch.isfinite(theta_N).all() and torch.isfinite(momentum_N).all()):
+            raise ValueError("an average leads to a state that is not finite")
         state = State(theta_N, momentum_N, state_root(self._layout, theta_N, momentum_N))
-        self._candidates[(average.root, state.root)] = state
-        self._averages[average.root] = average
-        while len(self._candidates) > KEPT_CANDIDATES:
-            self._candidates.popitem(last=False)
-        while len(self._averages) > KEPT_AVERAGES:
-            self._averages.popitem(last=False)
+        with self._lock:
+            self._candidates[(average.root, state.root)] = state
+            self._averages[average.root] = average
+            while len(self._candidates) > KEPT_CANDIDATES:
+                self._candidates.popitem(last=False)
+            while len(self._averages) > KEPT_AVERAGES:
+                self._averages.popitem(last=False)
         return state.root
 
     def average(self, root: bytes) -> Average | None:
@@ -173,5 +182,6 @@ class Replica:
             if state is None:
                 raise StateError("a decided average is not held")
             self.state = state
-            self._candidates.clear()
+            with self._lock:
+                self._candidates.clear()
         self.certificates.append(certificate)

@@ -9,7 +9,7 @@ other thread:
 
 Guarantees that `theta_N` is bit-identical on all peers that begin the same round, and that the
 state held here is always one that a certificate names. What others send is checked before it is
-used; a peer that misbehaves costs at most the round under way.
+used. What a member can still do to the others is in docs/threat_model.md.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ DELIVER_S = 3.0  # deadline of one small message
 WATCH_S = 5.0  # how often the directory is asked whether others are ahead
 FIND_S = 60.0  # how long a newcomer looks for a peer that has the state
 PLAN_S = 5.0  # how long a member's stream may be ahead of the plan it belongs to
+FAREWELL_S = 1.0  # for telling the directory that this peer is gone
 LEAVE_S = 5.0  # how long a polite leaver waits to be let go
 LINGER_S = 10.0  # how long a finished peer serves those that are not
 KEPT_BUTTERFLIES = 3  # exchanges whose reduced slices slower members may still be reading
@@ -156,6 +157,7 @@ class Session:
         self._failed_fetches = 0
         self._ending: str | None = None
         self._stop_asked = False
+        self._last_round: int | None = None  # to stop after, if that was asked
         self._head_since = 0.0
         self._traffic_before = (0, 0)
         self._round_began = 0.0
@@ -266,9 +268,13 @@ class Session:
                     on_failed=self._on_failed,
                 )
                 if await self._get_state(me, initial_N, rejoin_s):
-                    tasks.create_task(self._announce(me, maddrs))
+                    announcing = tasks.create_task(self._announce(me, maddrs))
                     tasks.create_task(self._watch())
                     await self._take_part()
+                    announcing.cancel()
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(FAREWELL_S):
+                            await self._announce_once(self._record(me, maddrs(), leaving=True))
                 raise _Over
         except BaseExceptionGroup as group:
             _, errors = group.split(_Over)
@@ -316,6 +322,8 @@ class Session:
             check=verify,
             now=now,
         )
+        if self._last_round is not None:
+            self._finish_after(self._last_round)
         self._do(self._machine.start(now))
         return True
 
@@ -329,22 +337,28 @@ class Session:
             StateError: nobody had one within `find_s`.
         """
         last: SwarmError = StateError("no peer of this run is in the directory")
-        try:
-            async with asyncio.timeout(find_s):
-                while not self._stop_asked:
-                    try:
-                        contacts = await self._others()
-                        if contacts:
-                            certificate, donor = await self._transfer.best(contacts)
-                            root = certificate.outcome.state_root
-                            return await self._transfer.state(donor, root), certificate
-                    except (PeerError, StateError) as error:
-                        # The donor may have gone a round further meanwhile: ask again.
-                        last = error
-                        logger.info("session.no_state_yet %s", error)
-                    await asyncio.sleep(TICK_S)
-        except TimeoutError as error:
-            raise StateError(f"no state of the run was found in {find_s:g} s: {last}") from error
+        deadline = self._now() + find_s
+        failed: set[str] = set()  # donors that showed a head and did not deliver its state
+        while not self._stop_asked:
+            try:
+                contacts = await self._others()
+                if failed.issuperset(contact.peer_id for contact in contacts):
+                    failed.clear()
+                contacts = [contact for contact in contacts if contact.peer_id not in failed]
+                if contacts:
+                    certificate, donor = await self._transfer.best(contacts)
+                    # The run lives: never found it anew beside that, however slow the way there.
+                    deadline = max(deadline, self._now() + FIND_S)
+                    failed.add(donor.peer_id)
+                    root = certificate.outcome.state_root
+                    return await self._transfer.state(donor, root), certificate
+            except (PeerError, StateError) as error:
+                # The donor may have gone a round further meanwhile: ask again.
+                last = error
+                logger.info("session.no_state_yet %s", error)
+            if self._now() > deadline:
+                raise StateError(f"no state of the run was found in {find_s:g} s: {last}") from last
+            await asyncio.sleep(TICK_S)
         return None
 
     async def _others(self) -> list[Contact]:
@@ -442,7 +456,12 @@ class Session:
             logger.warning("session.exchange_failed %s lost=%s", error, ",".join(error.lost))
             self._do(self._protocol.exchange_failed(digest, error.lost, self._now()))
             return
-        root = await self._compute(self._held.consider, average)
+        try:
+            root = await self._compute(self._held.consider, average)
+        except ValueError as error:
+            logger.error("session.average_refused round=%d %s", self._protocol.head.round, error)
+            self._do(self._protocol.exchange_failed(digest, (), self._now()))
+            return
         self._exchanged = {average.root: self._now() - began}
         self._do(
             self._protocol.exchange_done(digest, average.root, root, butterfly.lost, self._now())
@@ -466,7 +485,11 @@ class Session:
             except PeerError as error:
                 logger.info("session.fetch_failed %s", error)
                 continue
-            held = await self._compute(self._held.consider, average) == outcome.state_root
+            try:
+                held = await self._compute(self._held.consider, average) == outcome.state_root
+            except ValueError as error:
+                logger.error("session.average_refused round=%d %s", outcome.round, error)
+                break
             if not held:
                 logger.error("session.state_differs round=%d: resynchronising", outcome.round)
             break
@@ -537,9 +560,12 @@ class Session:
                     for certificate in decided:
                         commit = Commit(certificate=certificate, holders=(contact.peer_id,))
                         self._do(protocol.receive(contact.peer_id, commit, self._now()))
+                        if not protocol.takes(certificate):
+                            break  # provisional, and not believed: only as a whole branch
                         if not await self._reaches(certificate.outcome.height + 1):
-                            return
-                    return
+                            break
+                    else:
+                        return
             newest = await self._transfer.newest(contact)
             if Head.after(newest).rank <= protocol.head.rank:
                 return
@@ -551,6 +577,7 @@ class Session:
         if protocol.certificate == newest:
             logger.info("session.resynchronised round=%d with=%s", newest.outcome.round, contact)
             self._held.install(state, newest)
+            self._handoff.restart()
             self._head_since = self._round_began = self._now()
             self._failed_fetches = 0
         self._do(wanted)
@@ -565,52 +592,59 @@ class Session:
         return True
 
     async def _watch(self) -> None:
-        """Look for peers that are ahead: after a partition nobody else may tell."""
+        """Look for peers that are ahead: after a partition nobody else may tell.
+
+        Ahead is who had more samples at the look before than this peer has now. In a swarm that is
+        one, everybody has the same a moment later.
+        """
+        ahead = 0
         async for records in self._directory.watch(self.config.run_id, WATCH_S):
-            head = self._protocol.head
-            if self._ending is not None or self._now() - self._head_since < WATCH_S:
-                continue
-            ahead = [
+            others = [
                 record
                 for record in records
-                if record.peer_id != self._identity.peer_id
-                and record.samples > head.samples
-                and record.hosts
-                and record.port
+                if record.peer_id != self._identity.peer_id and record.hosts and record.port
             ]
-            if ahead:
-                best = max(ahead, key=lambda record: record.samples)
+            if self._ending is not None or not others:
+                continue
+            best = max(others, key=lambda record: record.samples)
+            if ahead > self._protocol.head.samples:
                 self._start_catching_up(
                     Contact(best.peer_id, best.hosts, best.port, best.certificate_sha256)
                 )
+            ahead = best.samples
 
     async def _announce(self, me: Member, maddrs: Callable[[], tuple[str, ...]]) -> None:
         """Keep this peer's record in the directory fresh."""
         while True:
-            head = self._protocol.head
-            record = PeerRecord(
-                peer_id=me.peer_id,
-                run_id=self.config.run_id,
-                maddrs=maddrs(),
-                hosts=me.hosts,
-                port=me.port,
-                certificate_sha256=me.certificate_sha256,
-                can_reduce=me.can_reduce,
-                upload_bps=0.0,
-                download_bps=0.0,
-                round=head.round,
-                samples=head.samples,
-                head=head.digest,
-                leaving=False,
-                expires_at=time.time() + PEER_TTL_S,
-            )
-            wait_s = PEER_REFRESH_S
-            try:
-                await self._directory.announce(record)
-            except (PeerError, RecordError) as error:
-                logger.warning("session.announce_failed %s", error)
-                wait_s = WATCH_S
-            await asyncio.sleep(wait_s)
+            announced = await self._announce_once(self._record(me, maddrs(), leaving=False))
+            await asyncio.sleep(PEER_REFRESH_S if announced else WATCH_S)
+
+    async def _announce_once(self, record: PeerRecord) -> bool:
+        try:
+            await self._directory.announce(record)
+        except (PeerError, RecordError) as error:
+            logger.warning("session.announce_failed %s", error)
+            return False
+        return True
+
+    def _record(self, me: Member, maddrs: tuple[str, ...], *, leaving: bool) -> PeerRecord:
+        head = self._protocol.head
+        return PeerRecord(
+            peer_id=me.peer_id,
+            run_id=self.config.run_id,
+            maddrs=maddrs,
+            hosts=me.hosts,
+            port=me.port,
+            certificate_sha256=me.certificate_sha256,
+            can_reduce=me.can_reduce,
+            upload_bps=0.0,
+            download_bps=0.0,
+            round=head.round,
+            samples=head.samples,
+            head=head.digest,
+            leaving=leaving,
+            expires_at=time.time() + PEER_TTL_S,
+        )
 
     # -- what others want (transport.Service) -------------------------------------------------
 
@@ -626,7 +660,10 @@ class Session:
 
     async def exchange(self, sender: str, frames: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         """A member's stream to this reducer; its first frame names the plan."""
-        header, _ = wire.unpack_frame(await anext(frames))
+        first = await anext(frames, None)
+        if first is None:
+            raise ProtocolViolation(sender, "opened an exchange and said nothing")
+        header, _ = wire.unpack_frame(first)
         try:
             async with asyncio.timeout(PLAN_S), self._plan_arrived:
                 await self._plan_arrived.wait_for(lambda: header.plan in self._butterflies)
@@ -683,7 +720,9 @@ class Session:
             self._do(self._machine.leave(self._now()))
 
     def _finish_after(self, round: int) -> None:
-        self._do(self._protocol.finish_after(round, self._now()))
+        self._last_round = round
+        if self._machine is not None:
+            self._do(self._machine.finish_after(round, self._now()))
 
 
 class _Over(Exception):

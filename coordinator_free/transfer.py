@@ -28,7 +28,7 @@ from coordinator_free.messages import (
 )
 from coordinator_free.replica import Replica, State, StateReader
 from coordinator_free.transport import Client
-from dht.errors import ConfigError, PeerError, ProtocolViolation, StateError
+from dht.errors import ConfigError, PeerError, ProtocolViolation, StateError, TimedOut
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ T = TypeVar("T")
 
 ASK_S = 5.0  # for one small question
 IDLE_S = 10.0  # between two frames of a download
+SLOWEST_BPS = 50e3  # bytes per second below which a donor is given up for another one
 
 
 class Transfer:
@@ -125,32 +126,41 @@ class Transfer:
         """The whole state with this root, from one donor.
 
         Raises:
-            PeerError: it does not have it, breaks off, or sends another.
+            PeerError: it does not have it, breaks off, dawdles, or sends another.
         """
         reader = StateReader(self._layout, self._numel)
-        await self._download(contact, FetchState(state_root=root), reader.add)
+        await self._download(contact, FetchState(state_root=root), reader.add, 8 * self._numel)
         return await self._checked(contact, reader.finish, root)
 
     async def average(self, contact: Contact, root: bytes) -> Average:
         """The encoded average with this root, from one holder.
 
         Raises:
-            PeerError: it does not have it, breaks off, or sends another.
+            PeerError: it does not have it, breaks off, dawdles, or sends another.
         """
         reader = AverageReader(self._numel)
-        await self._download(contact, FetchOutcome(vector_root=root), reader.add)
+        await self._download(contact, FetchOutcome(vector_root=root), reader.add, 4 * self._numel)
         return await self._checked(contact, reader.finish, root)
 
     async def _download(
-        self, contact: Contact, request: FetchState | FetchOutcome, add: Callable[[bytes], None]
+        self,
+        contact: Contact,
+        request: FetchState | FetchOutcome,
+        add: Callable[[bytes], None],
+        size: int,
     ) -> None:
         fetching = self._client.fetch(contact, wire.encode_fetch(request), IDLE_S)
-        async with contextlib.aclosing(fetching) as frames:
-            async for frame in frames:
-                try:
+        try:
+            async with (
+                asyncio.timeout(IDLE_S + size / SLOWEST_BPS),
+                contextlib.aclosing(fetching) as frames,
+            ):
+                async for frame in frames:
                     add(frame)
-                except ValueError as error:
-                    raise ProtocolViolation(contact.peer_id, str(error)) from error
+        except TimeoutError as error:
+            raise TimedOut(contact.peer_id, "sends too slowly") from error
+        except ValueError as error:
+            raise ProtocolViolation(contact.peer_id, str(error)) from error
 
     async def _checked(self, contact: Contact, finish: Callable[[bytes], T], root: bytes) -> T:
         try:

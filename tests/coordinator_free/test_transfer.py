@@ -246,7 +246,7 @@ def test_hello_is_answered_from_the_asked_height_or_with_the_newest_two(
 
 def test_an_answer_is_cut_to_what_one_message_holds() -> None:
     roster = tuple(
-        dataclasses.replace(seat(f"p{number:04}"), hosts=("h" * 250,) * 16) for number in range(100)
+        dataclasses.replace(seat(f"p{number:04}"), hosts=("h" * 250,) * 2) for number in range(800)
     )
     large = [changed(FIRST, height=height, roster=roster) for height in range(4)]
     raw = answer_hello(replica(tuple(large)), Hello(height=0))

@@ -33,6 +33,7 @@ from coordinator_free.messages import (
 
 RUN = "00" * 20
 TICK_S = 0.2
+WATCH_S = 5.0
 
 
 class Diverged(AssertionError):
@@ -141,6 +142,7 @@ class World:
         self.peers[me.peer_id] = peer
         self._do(peer, peer.machine.start(self.now))
         self._tick(peer)
+        self._watch(peer)
         return peer
 
     # -- faults -------------------------------------------------------------------------------
@@ -188,6 +190,12 @@ class World:
     def live(self) -> list[Peer]:
         return [peer for peer in self.peers.values() if peer.alive and not peer.left]
 
+    def one_branch(self) -> bool:
+        """Whether nobody is further than a height from, or on another branch than, the rest."""
+        best = max(self.live, key=lambda peer: peer.machine.head.height)
+        chain = {wire.head_digest(c.outcome) for c in best.certificates[-3:]}
+        return all(peer.machine.head.digest in chain for peer in self.live)
+
     def all_at(self, round: int) -> bool:
         return all(peer.machine.head.round >= round for peer in self.live)
 
@@ -229,7 +237,9 @@ class World:
                     self._send(peer, action.to, action.message)
                 case actions.StartWork():
                     self._work(peer, action)
-                case actions.CloseWork() | actions.Finished():
+                case actions.CloseWork():
+                    self._hand_in(peer, action.round, self.random.randint(0, 20))
+                case actions.Finished():
                     peer.finished = peer.machine.finished
                 case actions.Left():
                     peer.left = True
@@ -270,11 +280,20 @@ class World:
         self._later(
             peer,
             self.random.uniform(*self.work_s),
-            lambda: self._do(
-                peer,
-                peer.machine.work_done(action.round, self.random.randint(1, 100), self.now),
-            ),
+            lambda: self._hand_in(peer, action.round, self.random.randint(1, 100)),
         )
+
+    def _hand_in(self, peer: Peer, round: int, samples: int) -> None:
+        self._do(peer, peer.machine.work_done(round, samples, self.now))
+
+    def _watch(self, peer: Peer, ahead: int = 0) -> None:
+        """The look into the directory, which shows everybody's samples, cut off or not."""
+        others = [other for other in self.live if other is not peer]
+        best = max(others, key=lambda other: other.machine.head.samples, default=None)
+        if best is not None and ahead > peer.machine.head.samples:
+            self._catch_up(peer, best.me.peer_id)
+        samples = best.machine.head.samples if best is not None else 0
+        self._later(peer, WATCH_S, lambda: self._watch(peer, samples))
 
     def _exchange(self, peer: Peer, plan: Plan, digest: bytes) -> None:
         vector_root = blake3(b"vector" + digest).digest()
@@ -335,7 +354,8 @@ class World:
                 if certificate.outcome.previous == peer.machine.head.digest:
                     commit = Commit(certificate=certificate, holders=(donor,))
                     self._do(peer, peer.machine.receive(donor, commit, self.now))
-                    return
+                    if peer.machine.takes(certificate):
+                        return
             newest = source.machine.certificate
             if Head.after(newest).rank > peer.machine.head.rank:
                 peer.state_root = newest.outcome.state_root

@@ -1,0 +1,60 @@
+"""The checker has teeth: broken on purpose, the protocol is caught.
+
+Each mutation takes away one rule that the argument in docs/protocol.md needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from coordinator_free.certificates import Head
+from coordinator_free.leadership import Leadership
+from coordinator_free.machine import Machine
+from coordinator_free.messages import Prepare
+from tests.sim.chaos import trouble
+from tests.sim.world import Diverged
+
+SEEDS = 60
+
+
+def half_is_enough(patch: pytest.MonkeyPatch) -> None:
+    """Certificates need half of the roster instead of more than half."""
+    patch.setattr(Head, "majority", property(lambda head: max(1, len(head.roster) // 2)))
+
+
+def members_forget(patch: pytest.MonkeyPatch) -> None:
+    """A member does not tell a new leader what it accepted and holds."""
+    honest = Machine._on_prepare
+
+    def forget(machine: Machine, sender: str, message: Prepare) -> None:
+        machine._accepted = machine._report = None
+        honest(machine, sender, message)
+
+    patch.setattr(Machine, "_on_prepare", forget)
+
+
+def leaders_do_not_ask(patch: pytest.MonkeyPatch) -> None:
+    """A new leader proposes without learning first what may have been accepted."""
+    honest = Leadership.__init__
+
+    def rash(leadership: Leadership, *arguments: object) -> None:
+        honest(leadership, *arguments)  # type: ignore[arg-type]
+        leadership._prepared = True
+
+    patch.setattr(Leadership, "__init__", rash)
+
+
+def all_troubles() -> None:
+    for seed in range(SEEDS):
+        trouble(seed)
+
+
+@pytest.mark.parametrize("mutation", [half_is_enough, members_forget, leaders_do_not_ask])
+def test_a_broken_protocol_is_caught(
+    mutation: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mutation(monkeypatch)
+    with pytest.raises(Diverged):
+        all_troubles()
