@@ -102,33 +102,31 @@ class Verdict:
 def judge(children: list[Child]) -> Verdict:
     """Whether all peers had the same model after each round.
 
+    A peer that missed a round, frozen for a while perhaps, and came back is asked for what it
+    reports afterwards and at the end; one that died, for the rounds that it reported.
+
     Args:
-        children: all that were started; those that died count for the rounds they reported.
+        children: all that were started.
     """
-    survivors = [child for child in children if not child.died]
     reported = {number for child in children for number in child.digests}
-    whole = [n for n in reported if survivors and all(n in child.digests for child in survivors)]
-    rounds = max(whole) + 1 if whole else 0
-    for number in sorted(reported):
-        digests = {child.digests[number] for child in children if number in child.digests}
-        if len(digests) > 1:
-            return Verdict(
-                rounds=rounds, agree=False, problem=f"the peers' models differ after round {number}"
-            )
-    for number in range(max(reported, default=-1) + 1):
-        missing = [child.number for child in survivors if number not in child.digests]
-        if missing:
-            return Verdict(
-                rounds=rounds,
-                agree=False,
-                problem=f"peer {missing[0]} did not report round {number}",
-            )
-    ends = {child.done["digest"] for child in survivors if child.done is not None}
-    if len(ends) > 1:
-        return Verdict(rounds=rounds, agree=False, problem="the final models differ")
-    if not reported or not survivors:
-        return Verdict(rounds=0, agree=False, problem="no round was completed")
-    return Verdict(rounds=rounds, agree=True, problem="")
+    rounds = max(reported, default=-1) + 1
+    problem = ""
+    ends = {child.done["digest"] for child in children if child.done is not None}
+    absent = [child for child in children if ends and child.done is None and not child.died]
+    split = [
+        number
+        for number in sorted(reported)
+        if len({child.digests[number] for child in children if number in child.digests}) > 1
+    ]
+    if split:
+        problem = f"the peers' models differ after round {split[0]}"
+    elif len(ends) > 1:
+        problem = "the final models differ"
+    elif not rounds:
+        problem = "no round was completed"
+    elif absent:
+        problem = f"peer {absent[0].number} did not come to the end"
+    return Verdict(rounds=rounds, agree=not problem, problem=problem)
 
 
 def run_demo(config: DemoConfig) -> int:
@@ -436,7 +434,7 @@ class Demo:
             digests_agree=verdict.agree,
             wall_s=round(time.monotonic() - self._began, 2),
         )
-        self._say_summary(summary)
+        self._say_summary(summary, verdict.problem)
         if verdict.agree and complete:
             return 0
         if self._interrupted or self._writer.broken:
@@ -449,16 +447,15 @@ class Demo:
                 problem += f": {_without_command(dead.last_words)}"
         raise SwarmError(problem)
 
-    def _say_summary(self, summary: SummaryEvent) -> None:
+    def _say_summary(self, summary: SummaryEvent, problem: str) -> None:
         if self._config.json:
             self._writer.event(summary)
             return
         first = display.human_loss(summary.first_val_loss)
         last = display.human_loss(summary.last_val_loss)
-        same = "the same model in all of them" if summary.digests_agree else "models DIFFER"
         self._writer.line(
             f"{summary.rounds} rounds, {summary.peers} peers, validation loss {first} -> {last}, "
-            f"{same}, {summary.wall_s:.0f} s"
+            f"{problem or 'the same model in all of them'}, {summary.wall_s:.0f} s"
         )
 
 

@@ -3,7 +3,7 @@
     ~/.shoal/peer-0/      the first daemon of this machine (~/.shoal/peer-1 the second, ...)
         identity.key      Ed25519 key, made at first start
         lock              held (flock) by the daemon as long as it lives
-        run, peers        to find the way back after a restart (`peer.memory`)
+        run, peers, port  to find the way back after a restart (`peer.memory`)
         daemon.json       0600: how `shoal status` and `shoal stop` reach it; gone when it has ended
 
 Guarantees: two daemons never share a folder, hence never an identity, not even when started in the

@@ -2,6 +2,8 @@
 
     run      the run that this peer created, signed
     peers    addresses of others in the run it was last in
+    port     where it listened for the DHT: with the same one again, old links stay good and the
+             others find it back by themselves
 
 Guarantees: written whole or not at all; what is read back is checked like anything from a stranger.
 Not guaranteed: that those peers still live. The model itself is not here: it comes from them.
@@ -12,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import tempfile
 from pathlib import Path
 
@@ -34,6 +37,7 @@ class Memory:
     def __init__(self, folder: Path) -> None:
         self._run = folder / "run"
         self._peers = folder / "peers"
+        self._port = folder / "port"
 
     def run(self) -> SignedRun | None:
         """The run that this peer created last; None for none, or an unreadable one."""
@@ -61,6 +65,24 @@ class Memory:
         """Remember who else is in a run, in place of whoever was remembered before."""
         kept = {"run": run_id, "peers": addresses[:_MAX_PEERS]}
         _write(self._peers, json.dumps(kept).encode())
+
+
+    def port(self, host: str) -> int:
+        """The port of last time if it is free on this address; 0, which is any, if not."""
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            port = int(_read(self._port))
+            with socket.socket(family) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((host, port))
+        except (OSError, ValueError, OverflowError) as error:
+            logger.debug("memory.no_port %s", error)
+            return 0
+        return port
+
+    def keep_port(self, port: int) -> None:
+        """Remember where this peer listens."""
+        _write(self._port, str(port).encode())
 
 
 def _read(path: Path) -> bytes:

@@ -48,7 +48,7 @@ _T = TypeVar("_T")
 
 _FIND_ATTEMPTS = 5
 _FIND_PAUSE_S = 1.0
-_REMEMBER_S = 15.0
+_REMEMBER_S = 5.0
 
 
 class ReachableDirectory(Directory, Protocol):
@@ -156,6 +156,7 @@ class Network:
         on_control: called when `control` listens, from the network thread.
         on_run: called when the run is published or found, with the link to it, from the network
             thread.
+        on_port: called with the TCP port of the DHT once it is known, from the network thread.
         on_peers: called every so often with the run id and the addresses of others in the run, from
             the network thread.
 
@@ -173,6 +174,7 @@ class Network:
         control: ControlServer | None = None,
         on_control: Callable[[], None] = lambda: None,
         on_run: Callable[[SignedRun, Link], None] = lambda run, link: None,
+        on_port: Callable[[int], None] = lambda port: None,
         on_peers: Callable[[str, tuple[str, ...]], None] = lambda run_id, addresses: None,
     ) -> None:
         self._config = config
@@ -182,6 +184,7 @@ class Network:
         self._control = control
         self._on_control = on_control
         self._on_run = on_run
+        self._on_port = on_port
         self._on_peers = on_peers
         self._thread = threading.Thread(target=self._live, name="network", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -290,6 +293,8 @@ class Network:
         try:
             async with self._open_directory(self._config.directory()) as directory:
                 self._maddrs = directory.maddrs
+                for port in tcp_ports(directory.maddrs)[:1]:
+                    self._on_port(port)
                 run = await self._run_from(directory)
                 self._on_run(run, Link(run.run_id, shown_addresses(directory.maddrs)))
                 self._found.set_result(run)
@@ -340,6 +345,12 @@ class Network:
             self._running.stop()
         elif self._main is not None:
             self._main.cancel()
+
+
+def tcp_ports(maddrs: tuple[str, ...]) -> list[int]:
+    """The TCP ports among these addresses."""
+    parts = (maddr.split("/") for maddr in maddrs)
+    return [int(part[4]) for part in parts if part[3:4] == ["tcp"] and part[4:5]]
 
 
 def shown_addresses(maddrs: tuple[str, ...]) -> tuple[str, ...]:

@@ -113,7 +113,11 @@ class Node:
         self._memory = Memory(home.path)
         known = config.network.link.run_id if config.network.link else self._created_before()
         self._network = Network(
-            dataclasses.replace(config.network, known_peers=self._memory.peers(known)),
+            dataclasses.replace(
+                config.network,
+                known_peers=self._memory.peers(known),
+                port=config.network.port or self._memory.port(config.network.host),
+            ),
             self._identity,
             open_directory=open_directory,
             make_session=make_session or _session,
@@ -121,6 +125,7 @@ class Node:
             on_control=self._publish_daemon,
             on_run=self._on_run,
             on_peers=self._memory.keep_peers,
+            on_port=self._memory.keep_port,
         )
         self._supervision = supervision
         self._session: SwarmSession | None = None
@@ -338,7 +343,7 @@ class Node:
         for step in range(1, steps + 1):
             if self._stopped:
                 return  # the farewell is on its way: nobody waits for this work
-            if assignment.closing.is_set():
+            if assignment.closing.is_set() and losses:  # work of no samples is none
                 break
             report = trainer.step()
             losses.append(report.loss)
@@ -378,12 +383,13 @@ class Node:
         self._update(phase="done", val_loss=val_loss)
         if not self._network.join(FINISH_S) or self._network.failure is not None or self._stopped:
             return
+        final = session.status()
         self._output.event(
             DoneEvent(
                 peer=self._identity.peer_id,
-                rounds=self._status.round,
+                rounds=final.round,
                 val_loss=val_loss,
-                digest=self._status.digest,
+                digest=final.digest,
             )
         )
 

@@ -30,6 +30,7 @@ class FakeSession:
         self.last_round = config.round.rounds - 1
         self.theta_N = torch.zeros(config.numel)
         self.round = 0
+        self.digest = ""
         self.samples: list[int] = []
         self.stopped = threading.Event()
         self.politely = False
@@ -86,10 +87,11 @@ class FakeSession:
             allreduce_s=0.01,
             round_s=0.1,
         )
-        if self.round == self.last_round:
+        self.digest = result.digest
+        self.round += 1
+        if result.round == self.last_round:
             self._loop.call_soon_threadsafe(self._over.set)
         else:
-            self.round += 1
             self._assign()
         return result
 
@@ -108,7 +110,7 @@ class FakeSession:
             round=self.round,
             members=("me",),
             leader="me",
-            digest="",
+            digest=self.digest,
             samples=0,
             bytes_sent=100,
             bytes_received=200,

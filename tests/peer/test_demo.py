@@ -25,18 +25,21 @@ def child(number: int, digests: str, exit_status: int = 0, done: str = "") -> Ch
         ([child(0, "abc", done="c"), child(1, "abc", done="c")], 3, True, ""),
         # One peer's model differs in the middle.
         ([child(0, "abc"), child(1, "axc")], 3, False, "differ after round 1"),
-        # A peer that lived to the end says nothing about a round.
-        ([child(0, "abc"), child(1, "a-c")], 3, False, "peer 1 did not report round 1"),
-        ([child(0, "abc"), child(1, "ab")], 2, False, "peer 1 did not report round 2"),
-        ([child(0, "-bc"), child(1, "-bc")], 3, False, "peer 0 did not report round 0"),
+        # A peer that missed a round came back with the same model.
+        ([child(0, "abc", done="c"), child(1, "a-c", done="c")], 3, True, ""),
+        ([child(0, "abc", done="c"), child(1, "a-x", done="x")], 3, False, "after round 2"),
+        # A peer that lived to the end did not come to the run's.
+        ([child(0, "abc", done="c"), child(1, "ab")], 3, False, "peer 1 did not come to the end"),
+        # Stopped before the end, one of them a round earlier.
+        ([child(0, "abc"), child(1, "ab")], 3, True, ""),
         # A peer that died is not missed afterwards, but is believed before.
         ([child(0, "abc"), child(1, "a", -9)], 3, True, ""),
         ([child(0, "abc"), child(1, "x", -9)], 3, False, "differ after round 0"),
         # A difference that only the dead could tell of.
-        ([child(0, "ab"), child(1, "abx", -9), child(2, "aby", -9)], 2, False, "after round 2"),
+        ([child(0, "ab"), child(1, "abx", -9), child(2, "aby", -9)], 3, False, "after round 2"),
         ([child(0, "ab", done="b"), child(1, "ab", done="x")], 2, False, "final models differ"),
         ([child(0, ""), child(1, "")], 0, False, "no round"),
-        ([child(0, "ab", -9), child(1, "ab", 1)], 0, False, "no round"),
+        ([child(0, "ab", -9), child(1, "ab", 1)], 2, True, ""),
         ([], 0, False, "no round"),
     ],
 )

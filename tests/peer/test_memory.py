@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,24 @@ def test_the_list_is_bounded(tmp_path: Path, identity: Identity) -> None:
     memory = Memory(tmp_path)
     memory.keep_peers(RUN_ID, tuple(address(1 + n, identity) for n in range(5000)))
     assert 0 < len(memory.peers(RUN_ID)) <= 64
+
+
+def test_a_port_is_taken_again_unless_somebody_else_has_it(tmp_path: Path) -> None:
+    memory = Memory(tmp_path)
+    assert memory.port("127.0.0.1") == 0
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        memory.keep_port(port)
+        assert memory.port("127.0.0.1") == 0
+    assert memory.port("127.0.0.1") == port
+
+
+@pytest.mark.parametrize("content", ["", "x", "-1", "70000"])
+def test_a_broken_port_file_is_no_port(tmp_path: Path, content: str) -> None:
+    (tmp_path / "port").write_text(content)
+    assert Memory(tmp_path).port("127.0.0.1") == 0
 
 
 def test_a_place_that_cannot_be_written_costs_only_the_memory(
