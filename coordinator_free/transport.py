@@ -210,7 +210,7 @@ class Server:
             ConfigError: the port is taken, forbidden, or the host is not ours; one line.
         """
         assert self._server is None, "started twice"
-        _probe_bind(self._host, self._port)
+        probe_bind(self._host, self._port)
         server = grpc.aio.server(options=_SERVER_OPTIONS, maximum_concurrent_rpcs=MAX_CALLS)
         server.add_generic_rpc_handlers((_Router(self),))
         host = f"[{self._host}]" if ":" in self._host else self._host
@@ -428,7 +428,7 @@ def _status_of(exc: Exception) -> grpc.StatusCode:
             return grpc.StatusCode.ABORTED
 
 
-def _probe_bind(host: str, port: int) -> None:
+def probe_bind(host: str, port: int) -> None:
     """Find out by an ordinary bind what is wrong with an address: gRPC only says that it failed."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET

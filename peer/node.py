@@ -28,6 +28,7 @@ import torch
 
 from coordinator_free.handoff import RoundResult, SessionClosed
 from coordinator_free.session import Session, SessionConfig
+from coordinator_free.transport import probe_bind
 from dht.errors import ConfigError, RoundError, SwarmError
 from dht.identity import Identity
 from dht.kademlia import KademliaDirectory
@@ -223,6 +224,8 @@ class Node:
             self.abandon(1)
 
     def _take_part(self) -> None:
+        if self._config.grpc_port:  # taken: better said before anybody is invited
+            probe_bind(self._config.network.host, self._config.grpc_port)
         begun = self._create() if self._config.run_file else self._join()
         if begun is None or self._stopped:
             return
