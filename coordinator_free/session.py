@@ -355,6 +355,8 @@ class Session:
             except (PeerError, StateError) as error:
                 # The donor may have gone a round further meanwhile: ask again.
                 last = error
+                if isinstance(error, StateError):
+                    failed.clear()  # those who are left show nothing at all
                 logger.info("session.no_state_yet %s", error)
             if self._now() > deadline:
                 raise StateError(f"no state of the run was found in {find_s:g} s: {last}") from last

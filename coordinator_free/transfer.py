@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 ASK_S = 5.0  # for one small question
+SOON_S = 0.3  # after one answer, for the next one
 IDLE_S = 10.0  # between two frames of a download
 SLOWEST_BPS = 50e3  # bytes per second below which a donor is given up for another one
 
@@ -106,20 +107,29 @@ class Transfer:
         Raises:
             StateError: none of them shows one.
         """
-        asked = list(contacts)
-        answers = await asyncio.gather(
-            *(self.newest(contact) for contact in asked), return_exceptions=True
-        )
+        asking = {asyncio.create_task(self.newest(contact)): contact for contact in contacts}
+        pending = set(asking)
         found: list[tuple[Certificate, Contact]] = []
-        for contact, answer in zip(asked, answers, strict=True):
-            if isinstance(answer, Certificate):
-                found.append((answer, contact))
-            elif isinstance(answer, PeerError):
-                logger.info("transfer.no_head %s", answer)
-            else:
-                raise answer
+        try:
+            # The first answer ends the wait for the dead, not that for those who are a little later.
+            while pending:
+                done, pending = await asyncio.wait(
+                    pending,
+                    timeout=SOON_S if found else None,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                if not done:
+                    break
+                for task in done:
+                    try:
+                        found.append((task.result(), asking[task]))
+                    except PeerError as error:
+                        logger.info("transfer.no_head %s", error)
+        finally:
+            for task in pending:
+                task.cancel()
         if not found:
-            raise StateError(f"none of {len(asked)} peers of the run shows where it stands")
+            raise StateError(f"none of {len(asking)} peers of the run shows where it stands")
         return max(found, key=lambda entry: Head.after(entry[0]).rank)
 
     async def state(self, contact: Contact, root: bytes) -> State:

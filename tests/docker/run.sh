@@ -15,12 +15,13 @@ fi
 image=shoal
 project=shoal-test-$$
 began=$SECONDS
-compose() { $COMPOSE -p "$project" -f docker/compose.yaml -f tests/docker/json.yaml "$@"; }
+compose() { $COMPOSE -p "$project" -f docker/compose.yaml -f tests/docker/overlay.yaml "$@"; }
 say() { printf 'test-docker: %3d s: %s\n' $((SECONDS - began)) "$*"; }
 fail() {
     say "FAILED: $*" >&2
     compose ps >&2 || true
-    compose logs --no-color --tail=40 >&2 || true
+    docker inspect -f '{{range .State.Health.Log}}{{.ExitCode}} {{.Output}}{{end}}' "${bootstrap:-none}" >&2 || true # what the health check said
+    compose logs --no-color --timestamps --tail=40 >&2 || true
     exit 1
 }
 
@@ -84,7 +85,7 @@ together() {
             one=$(field digest <<<"$line")
             [ "${digest:=$one}" = "$one" ] || fail "round $round: $id holds $one, another peer $digest"
         done
-        say "round $round: $# members, one digest ${digest:0:12}, loss $(field val_loss <<<"$line")"
+        say "round $round: $# members, one digest ${digest:0:12}, loss $(field val_loss <<<"$line" | cut -c1-5)"
         return 0
     done
     return 1
@@ -128,28 +129,28 @@ for id in "$bootstrap" "${peers[@]}"; do
     [ "$(docker exec "$id" id -u)" != 0 ] || fail "a peer runs as root"
 done
 
-until_true 120 "the four do not train together" together -1 "$bootstrap" "${peers[@]}"
+until_true 180 "the four do not train together" together -1 "$bootstrap" "${peers[@]}"
 at=$(latest "$bootstrap" "${peers[@]}")
-until_true 60 "the four stopped training" together "$at" "$bootstrap" "${peers[@]}"
+until_true 180 "the four stopped training" together "$at" "$bootstrap" "${peers[@]}"
 
 victim=${peers[0]}
 rest=("${peers[@]:1}")
 docker kill --signal KILL "$victim" >/dev/null
 at=$(latest "$bootstrap" "${rest[@]}")
 say "killed a peer after round $at"
-until_true 90 "the rest stopped when a peer was killed" together "$at" "$bootstrap" "${rest[@]}"
+until_true 180 "the rest stopped when a peer was killed" together "$at" "$bootstrap" "${rest[@]}"
 
 before=$(peer_id "$bootstrap")
 docker kill --signal KILL "$bootstrap" >/dev/null
 at=$(latest "${rest[@]}")
 say "killed the bootstrap after round $at"
-until_true 90 "the rest stopped when the bootstrap was killed" together "$at" "${rest[@]}"
+until_true 180 "the rest stopped when the bootstrap was killed" together "$at" "${rest[@]}"
 
 docker start "$bootstrap" >/dev/null
 at=$(latest "${rest[@]}")
 say "started the bootstrap again after round $at"
-until_true 120 "the bootstrap does not rejoin the run" together "$at" "$bootstrap" "${rest[@]}"
-until_true 60 "the bootstrap does not become healthy again" healthy "$bootstrap"
+until_true 180 "the bootstrap does not rejoin the run" together "$at" "$bootstrap" "${rest[@]}"
+until_true 180 "the bootstrap does not become healthy again" healthy "$bootstrap"
 [ "$(peer_id "$bootstrap")" = "$before" ] || fail "the bootstrap came back as another peer"
 [ "$(events link "$bootstrap" | field run | sort -u | wc -l)" = 1 ] || fail "it came back to another run"
 
@@ -160,7 +161,7 @@ mapfile -t peers < <(container peer)
 everybody=("$bootstrap" "${peers[@]}")
 at=$(latest "${rest[@]}")
 say "scaled to four peers after round $at"
-until_true 120 "the new peer does not take part" together "$at" "${everybody[@]}"
+until_true 180 "the new peer does not take part" together "$at" "${everybody[@]}"
 
 since=$SECONDS
 compose stop >/dev/null 2>&1
@@ -179,4 +180,4 @@ awk -v first="$first" -v last="$last" 'BEGIN { exit !(last < first - 0.8) }' ||
 for id in "${everybody[@]}"; do
     ! docker logs "$id" 2>&1 | grep -B5 -A20 Traceback || fail "a traceback in a log"
 done
-say "passed: loss from $first to $last"
+say "passed: loss from ${first:0:5} to ${last:0:5}"
