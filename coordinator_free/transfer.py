@@ -111,7 +111,7 @@ class Transfer:
         pending = set(asking)
         found: list[tuple[Certificate, Contact]] = []
         try:
-            # The first answer ends the wait for the dead, not that for those who are a little later.
+            # The first answer ends the wait for the dead, not for those who are a little later.
             while pending:
                 done, pending = await asyncio.wait(
                     pending,
