@@ -113,7 +113,10 @@ def load(config: DataConfig, tokenizer: Tokenizer | None = None) -> TokenData:
     documents = _folder_or_file(Path(config.path).expanduser()) if config.path else _stdlib()
     parts = [tokenizer.encode(text) for text in documents if text]
     if not parts:
-        raise DataError(f"{config.path or 'the standard library'}: there is no text in it")
+        raise DataError(
+            f"{config.path or 'the standard library'}: there is no text in it; give a text file or"
+            " a folder of them that are not empty"
+        )
     train, validation = _split(np.concatenate(parts), config.validation_fraction)
     hasher = hashlib.blake2b(digest_size=16)
     for part in (train, validation):
@@ -164,7 +167,9 @@ def _folder_or_file(path: Path) -> Iterable[bytes]:
         if not files:
             raise DataError(f"{path} holds no file ending in {' '.join(sorted(TEXT_SUFFIXES))}")
     elif not path.is_file():
-        raise DataError(f"{path} is neither a file nor a folder")
+        raise DataError(
+            f"{path} is neither a file nor a folder: give a text file or a folder of them"
+        )
     total = 0
     for file in files:
         text = _read(file, room=MAX_BYTES - total)
@@ -204,7 +209,7 @@ def _read(file: Path, room: int = MAX_BYTES) -> bytes:
 
 def _refuse_binary(file: Path, text: bytes) -> None:
     if (at := text.find(0)) >= 0:
-        raise DataError(f"{file} is not text: zero byte at offset {at}")
+        raise DataError(f"{file} is not text: zero byte at offset {at}; give text in UTF-8")
     try:
         text.decode("utf-8")
     except UnicodeDecodeError as error:

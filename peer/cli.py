@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json as json_
 import logging
+import math
 import os
 import sys
 import time
@@ -108,6 +109,18 @@ class _Group(_Verbatim, click.Group):
         return super().resolve_command(context, arguments)
 
 
+class _Number(click.FloatRange):
+    """A range without NaN, which compares with nothing, and without infinity."""
+
+    def convert(
+        self, value: Any, parameter: click.Parameter | None, context: click.Context | None
+    ) -> float:
+        number: float = super().convert(value, parameter, context)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", parameter, context)
+        return number
+
+
 def _version() -> str:
     try:
         return version("shoal")
@@ -115,9 +128,15 @@ def _version() -> str:
         return "unknown"
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=_Group,
+    invoke_without_command=True,
+    subcommand_metavar="COMMAND [ARGS]...",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(_version(), prog_name="shoal", message="shoal %(version)s")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> int:
     r"""Train one neural network on many machines, with nobody in charge.
 
     Peers find each other over a DHT, each trains on its own part of the text, and they average what
@@ -133,6 +152,10 @@ def cli() -> None:
         shoal create run.toml        be its first peer; prints a join link
         shoal join 'shoal://...'     in another terminal or on another machine
     """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help(), err=True)
+        return 2
+    return 0
 
 
 def _verbose(command: _Command) -> _Command:
@@ -163,7 +186,7 @@ def _node_options(command: _Command) -> _Command:
         click.option(
             "--home",
             type=click.Path(file_okay=False, path_type=Path),
-            help="Folder of this peer's identity; default: the first free of ~/.shoal/peer-0, "
+            help="Folder of this peer's identity; default: a free one of ~/.shoal/peer-0, "
             "peer-1, ...",
         ),
         click.option(
@@ -261,8 +284,15 @@ def create(path: Path, link_file: Path | None, new: bool, **options: Any) -> int
         shoal create run.toml
     """
     # Before anything slow: a missing file or a slip in it should show at once.
-    runfile.parse(runfile.read(path), str(path))
-    with _taking_part(options) as node_options:
+    text = runfile.read(path)
+    tables = runfile.parse(text, str(path))
+    if link_file is not None and not link_file.parent.is_dir():
+        raise ConfigError(
+            f"cannot write the link file {link_file}: there is no folder {link_file.parent}; make "
+            "it first, or choose another --link-file"
+        )
+    published = _published(path, text, tables, options["data"])
+    with _taking_part(options, published) as node_options:
         return _run_node(node_options, run_file=path, link_file=link_file, new=new)
 
 
@@ -300,7 +330,7 @@ def join(link: str | None, link_file: Path | None, **options: Any) -> int:
 @cli.command()
 @click.option("--peers", type=click.IntRange(1, 64), default=4, show_default=True)
 @click.option("--rounds", type=click.IntRange(1), help="End after so many rounds.  [default: 8]")
-@click.option("--minutes", type=click.FloatRange(0, min_open=True), help="End after so long.")
+@click.option("--minutes", type=_Number(0, min_open=True), help="End after so long.")
 @click.option(
     "--data",
     type=click.Path(exists=True, path_type=Path),
@@ -328,6 +358,7 @@ def demo(**options: Any) -> int:
     """
     if options["rounds"] and options["minutes"]:
         raise click.UsageError("give --rounds or --minutes, not both", click.get_current_context())
+    _check_data(options["data"])
     from peer.demo import DEFAULT_ROUNDS, DemoConfig, run_demo
 
     if not options["minutes"]:
@@ -372,7 +403,7 @@ def status(home: Path | None, json: bool) -> int:
 
         Console().print(status_table(rows))
     if not rows:
-        click.echo(f"no daemon is running in {_root(home)}", err=True)
+        _note(f"no daemon is running in {_root(home)}")
         return 1
     return 0
 
@@ -396,20 +427,23 @@ def stop(home: Path | None, peer: str | None) -> int:
         shoal stop --peer k7Xw9a
     """
     from peer.control import ask_stop
-    from peer.homes import is_running, read_daemon_file
+    from peer.homes import is_running, read_daemon_file, terminate
 
+    wanted = (peer or "").removeprefix("..")
+    if peer is not None and not wanted:
+        raise click.UsageError("--peer needs a peer id, or its end", click.get_current_context())
     asked: dict[Path, int] = {}
     for path in _homes(home):
         row = _look(path)
-        daemon = read_daemon_file(path)
-        if row is None or daemon is None:
+        if row is None or not row.peer.endswith(wanted):
             continue
-        if peer is None or row.peer.endswith(peer.removeprefix("..")):
-            ask_stop(daemon)
-            asked[path] = daemon.pid
+        daemon = read_daemon_file(path)
+        heard = daemon is not None and ask_stop(daemon)
+        pid = row.pid if heard else terminate(path)  # while it starts, nobody listens yet
+        asked[path] = pid or row.pid
     if not asked:
         which = f"no daemon with peer id {peer}" if peer else "no daemon"
-        click.echo(f"{which} is running in {_root(home)}", err=True)
+        _note(f"{which} is running in {_root(home)}")
         return 2 if peer else 0
     deadline = time.monotonic() + STOP_S
     while asked and time.monotonic() < deadline:
@@ -417,23 +451,39 @@ def stop(home: Path | None, peer: str | None) -> int:
             click.echo(f"stopped process {asked.pop(path)}")
         time.sleep(0.05)
     for pid in asked.values():
-        click.echo(f"process {pid} has not ended within {STOP_S:.0f} s: kill {pid}", err=True)
+        _note(f"process {pid} has not ended within {STOP_S:.0f} s: kill {pid}")
     return 1 if asked else 0
 
 
 @cli.command(hidden=True)
-@click.argument("target", metavar="LINK_OR_ADDRESS")
-@click.option("--timeout", "timeout_s", type=click.FloatRange(0.1, 600), default=10.0)
+@click.argument("target", required=False, metavar="LINK_OR_ADDRESS")
+@click.option(
+    "--link-file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Ask the peer that this file's link names; it may appear within the timeout.",
+)
+@click.option("--timeout", "timeout_s", type=_Number(0.1, 600), default=10.0)
 @_verbose
-def ping(target: str, timeout_s: float) -> int:
+def ping(target: str | None, link_file: Path | None, timeout_s: float) -> int:
     r"""Ask a peer for a sign of life.
 
-    Exit status 0 when its DHT node (not only its port) answers in time, else 1. For health checks.
+    Exit status 0 when its DHT node (not only its port) answers in time, else 1; 2 when there is no
+    link file in that time. For health checks.
 
     \b
-    Example:
+    Examples:
         shoal ping /ip4/127.0.0.1/tcp/4001/p2p/12D3KooW...
+        shoal ping --link-file link
     """
+    if (target is None) == (link_file is None):
+        given = "missing LINK_OR_ADDRESS", "both LINK_OR_ADDRESS and --link-file given"
+        problem = given[link_file is not None]
+        raise click.UsageError(problem, click.get_current_context())
+    if link_file is not None:
+        link = wait_for_link_file(link_file, timeout_s, should_stop=lambda: False)
+        assert link is not None
+        target = link.peers[0]
+    assert target is not None
     address = peer_address(target)
     from peer.ping import ping_once
 
@@ -446,8 +496,13 @@ def ping(target: str, timeout_s: float) -> int:
 
 
 @contextlib.contextmanager
-def _taking_part(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Check the cheap things, claim a home and listen to the demo; before the slow imports."""
+def _taking_part(options: dict[str, Any], published: str | None = None) -> Iterator[dict[str, Any]]:
+    """Check the cheap things, claim a home and listen to the demo; before the slow imports.
+
+    Args:
+        options: of the command.
+        published: the run file that `create` publishes, None for `join`.
+    """
     for host in options["announce_hosts"]:
         host_component(host)
     if options["announce_hosts"] and not options["port"]:
@@ -455,7 +510,13 @@ def _taking_part(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
             "--announce-host needs --port: the port under which others reach this machine"
         )
     _check_bind_host(options["host"])
-    with _claim(options["home"]) as home:
+    _check_data(options["data"])
+    if not options["device"].strip():
+        raise ConfigError("--device is empty: use auto, cpu, cuda or cuda:1")
+    with _claim(options["home"], published) as home:
+        from dht.identity import Identity
+
+        Identity.load_or_create(home.identity_path)
         options["supervision"] = None
         folder = options.pop("supervised")
         if folder is not None:
@@ -525,10 +586,26 @@ def _root(home: Path | None) -> Path:
     return Path(os.environ.get("SHOAL_HOME") or Path.home() / ".shoal")
 
 
-def _claim(home: Path | None) -> Home:
+def _claim(home: Path | None, published: str | None) -> Home:
     from peer.homes import Home, claim_slot
 
-    return Home.claim(home) if home is not None else claim_slot(_root(None))
+    if home is not None:
+        return Home.claim(home)
+    return claim_slot(_root(None), published.encode() if published is not None else None)
+
+
+def _published(path: Path, text: str, tables: runfile.Tables, data: Path | None) -> str:
+    """The run file at `path` as it will be published, to find the folder that did so before."""
+    table = tables.get("data")
+    own = table.get("path") if isinstance(table, dict) else None
+    if data is not None:
+        place = str(data.resolve())
+    else:  # as a node sees it: beside the run file
+        place = str(path.parent / own) if own and isinstance(own, str) else ""
+    try:
+        return runfile.published(text, place)
+    except TypeError:  # what a run file cannot hold; the node says so, naming the field
+        return text
 
 
 def _homes(home: Path | None) -> list[Path]:
@@ -538,21 +615,22 @@ def _homes(home: Path | None) -> list[Path]:
 
 
 def _look(home: Path) -> Status | None:
-    """What the daemon in this folder does; says so on stderr when it is dead or does not answer."""
+    """What the daemon in this folder does; None, said on stderr, when it was killed."""
     from peer.control import ask_status
-    from peer.homes import forget_dead, is_running, read_daemon_file
+    from peer.homes import forget_dead, holder, is_running, read_daemon_file
     from peer.status import Status
 
     daemon = read_daemon_file(home)
     if daemon is None:
-        return None
+        pid = holder(home)
+        return Status(pid=pid, home=str(home), phase="starting") if pid is not None else None
     found = ask_status(daemon)
     if found is not None:
         return found
     if is_running(home):
         return Status(run=daemon.run, pid=daemon.pid, home=str(home), phase="no answer")
     forget_dead(home)
-    click.echo(f"the daemon in {home} (process {daemon.pid}) was killed; cleaned up", err=True)
+    _note(f"the daemon in {home} (process {daemon.pid}) was killed; cleaned up")
     return None
 
 
@@ -566,6 +644,16 @@ def _check_bind_host(host: str) -> None:
             f"--host {host!r} is not an IP address of this machine: use for example 0.0.0.0 (all) "
             "or 127.0.0.1; names go with --announce-host"
         ) from error
+
+
+def _check_data(data: Path | None) -> None:
+    """What is seen at a glance; all else the trainer refuses."""
+    if data is None or data.is_dir():
+        return
+    if not data.is_file():
+        raise ConfigError(f"--data {data} is neither a file nor a folder: give a text to train on")
+    if not data.stat().st_size:
+        raise ConfigError(f"--data {data} is empty: give a text to train on")
 
 
 class _CurrentStderr(logging.StreamHandler[Any]):
@@ -600,6 +688,11 @@ def _usage(error: click.UsageError) -> str:
         return f"missing {error.param.make_metavar(error.ctx) if error.ctx else error.param.name}"
     message = error.format_message().rstrip(".").replace("\n", " ").replace(". (", " (")
     return message[:1].lower() + message[1:]
+
+
+def _note(message: str) -> None:
+    """A line on stderr from the running command."""
+    _complain(click.get_current_context().command_path, message)
 
 
 def _complain(command: str, message: str) -> None:

@@ -15,7 +15,6 @@ import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import PurePath
 from typing import Any, Literal, TypeVar, get_type_hints
 
 from coordinator_free.codecs import codec
@@ -143,11 +142,7 @@ def published(text: str, config: RunConfig) -> str:
     machine means nothing on another and is nobody's business, so only its last part stays, and
     every joiner gives the place of its own copy.
     """
-    if not config.trainer.data.path:
-        return text
-    tables = runfile.parse(text, "the run file")
-    tables.setdefault("data", {})["path"] = PurePath(config.trainer.data.path).name
-    return runfile.dump(tables)
+    return runfile.published(text, config.trainer.data.path)
 
 
 def localised(config: RunConfig, *, data: str, device: str) -> RunConfig:

@@ -88,7 +88,7 @@ def ask_status(daemon: DaemonFile, timeout_s: float = 3.0) -> Status | None:
     try:
         fields = json.loads(body)
         return Status.from_dict(fields) if isinstance(fields, dict) else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
@@ -105,7 +105,7 @@ def _request(daemon: DaemonFile, method: str, path: str, timeout_s: float) -> by
         body = reply.read(_REPLY_BYTES)
         # 401: the port has been taken over by another daemon since the file was written.
         return body if reply.status in (200, 202) else None
-    except (OSError, http.client.HTTPException):
-        return None
+    except (OSError, ValueError, OverflowError, http.client.HTTPException):
+        return None  # ValueError, OverflowError: a token that is no header, a port that is none
     finally:
         connection.close()

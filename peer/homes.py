@@ -2,7 +2,7 @@
 
     ~/.shoal/peer-0/      the first daemon of this machine (~/.shoal/peer-1 the second, ...)
         identity.key      Ed25519 key, made at first start
-        lock              held (flock) by the daemon as long as it lives
+        lock              held (flock) by the daemon as long as it lives; holds its process id
         run, peers, port  to find the way back after a restart (`peer.memory`)
         daemon.json       0600: how `shoal status` and `shoal stop` reach it; gone when it has ended
 
@@ -11,6 +11,9 @@ same instant, since the kernel hands out the lock; and the lock ends with its ho
 ended, so that a `daemon.json` beside a free lock is known to be a dead daemon's. The kernel
 decides, not a process id, which may have been given to somebody else. Not guaranteed: any of this
 on a network file system whose server does not lock.
+
+A killed creator finds its run again by its folder, hence `claim_slot` leaves folders that remember
+a run to those who created it.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import contextlib
 import fcntl
 import json
 import os
+import signal
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +32,7 @@ from dht.errors import ConfigError
 
 MAX_SLOTS = 256
 _DAEMON_FILE_BYTES = 16 * 1024
+_SETTLED_S = 0.05  # far longer than a new holder of a lock takes to write its process id
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,11 +78,13 @@ class Home:
         home = cls._try(path)
         if home is None:
             owner = read_daemon_file(path)
-            who = f" (process {owner.pid})" if owner else ""
+            pid = owner.pid if owner else _written_pid(path)
+            who = f" (process {pid})" if pid else ""
             raise ConfigError(
                 f"another daemon{who} is using {path}: stop it with 'shoal stop --home {path}', "
                 "or give this one another --home"
             )
+        home._write_pid()
         return home
 
     @classmethod
@@ -119,7 +126,15 @@ class Home:
         with contextlib.suppress(OSError):
             (self.path / "daemon.json").unlink(missing_ok=True)
         lock, self._lock = self._lock, -1
+        with contextlib.suppress(OSError):
+            os.ftruncate(lock, 0)
         os.close(lock)
+
+    def _write_pid(self) -> None:
+        """For those who want to see or stop this daemon before it has published how."""
+        with contextlib.suppress(OSError):  # a full disk: it only cannot be seen that early
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, b"%d\n" % os.getpid(), 0)
 
     def __enter__(self) -> Home:
         return self
@@ -133,15 +148,35 @@ class Home:
         self.release()
 
 
-def claim_slot(root: Path) -> Home:
-    """Claim the first free `peer-N` below `root`.
+def claim_slot(root: Path, run_file: bytes | None = None) -> Home:
+    """Claim the best free `peer-N` below `root`, the first of several as good.
+
+    Best is the one that created a run from this very run file, for it can go back to it; then one
+    that created none; last, one whose own run is forgotten thereby.
+
+    Args:
+        root: made where needed.
+        run_file: of the run to create, as it is published; None to join one.
 
     Raises:
         ConfigError: `root` cannot be written to, or all slots are taken.
     """
-    for slot in range(MAX_SLOTS):
-        home = Home._try(root / f"peer-{slot}")
+
+    def rank(path: Path) -> int:
+        if not (path / "run").exists():
+            return 1
+        if run_file is None:
+            return 2
+        from peer.memory import Memory  # not for `shoal status`, which shall answer at once
+
+        run = Memory(path).run()
+        return 0 if run is not None and run.run_file == run_file else 2
+
+    # Looked at without a lock, as a lock for a look would drive others that start now elsewhere.
+    for path in sorted((root / f"peer-{slot}" for slot in range(MAX_SLOTS)), key=rank):
+        home = Home._try(path)
         if home is not None:
+            home._write_pid()
             return home
     raise ConfigError(f"all {MAX_SLOTS} places in {root} are in use: stop some with 'shoal stop'")
 
@@ -158,14 +193,17 @@ def read_daemon_file(home: Path) -> DaemonFile | None:
     try:
         with (home / "daemon.json").open("rb") as file:
             fields = json.loads(file.read(_DAEMON_FILE_BYTES))
-        return DaemonFile(
+        found = DaemonFile(
             pid=int(fields["pid"]),
             port=int(fields["port"]),
             token=str(fields["token"]),
             run=str(fields["run"]),
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
+    # The token becomes a header; the process id may be given to `kill`, which takes 0 for a group.
+    fits = found.token.isascii() and found.token.isprintable()
+    return found if fits and found.pid > 0 and 0 < found.port < 65536 else None
 
 
 def is_running(home: Path) -> bool:
@@ -175,12 +213,41 @@ def is_running(home: Path) -> bool:
     except OSError:
         return False
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Shared, so that two who look at once do not take each other for a daemon.
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     finally:
         os.close(lock)
     return False
+
+
+def holder(home: Path) -> int | None:
+    """The process that holds this folder, published or not; None when none does."""
+    pid = _written_pid(home)
+    if pid is None or not is_running(home):
+        return None
+    # A killed holder leaves its number behind: one that has only just got the lock overwrites it.
+    time.sleep(_SETTLED_S)
+    return pid if is_running(home) and _written_pid(home) == pid else None
+
+
+def terminate(home: Path) -> int | None:
+    """Send SIGTERM to the process that holds this folder, if any; returns its id."""
+    pid = holder(home)
+    if pid is not None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGTERM)
+    return pid
+
+
+def _written_pid(home: Path) -> int | None:
+    try:
+        with (home / "lock").open("rb") as file:
+            pid = int(file.read(20))
+    except (OSError, ValueError):
+        return None
+    return pid if 0 < pid < 1 << 31 else None
 
 
 def forget_dead(home: Path) -> None:

@@ -66,7 +66,6 @@ class Memory:
         kept = {"run": run_id, "peers": addresses[:_MAX_PEERS]}
         _write(self._peers, json.dumps(kept).encode())
 
-
     def port(self, host: str) -> int:
         """The port of last time if it is free on this address; 0, which is any, if not."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -11,7 +11,7 @@ import json
 import math
 import tomllib
 from importlib.resources import files
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from dht.errors import ConfigError
@@ -39,15 +39,22 @@ def write_starter(path: Path) -> None:
         raise ConfigError(
             f"{path} exists and is left as it is: name another file, as in 'shoal init other.toml'"
         ) from error
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"cannot write {path}: there is no folder {path.parent}; make it first, or name a file "
+            "elsewhere"
+        ) from error
     except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+        raise ConfigError(
+            f"cannot write {path}: {error.strerror}; name a file where you may write"
+        ) from error
 
 
 def read(path: Path) -> str:
     """The text of a run file.
 
     Raises:
-        ConfigError: it is missing, unreadable, too long or not UTF-8.
+        ConfigError: it is missing, unreadable, empty, too long or not UTF-8.
     """
     try:
         with path.open("rb") as file:
@@ -56,8 +63,18 @@ def read(path: Path) -> str:
         raise ConfigError(
             f"there is no run file {path}: 'shoal init {path}' writes one to start from"
         ) from error
+    except IsADirectoryError as error:
+        raise ConfigError(
+            f"cannot read the run file {path}: it is a folder; name a file, as in "
+            f"{path / 'run.toml'}"
+        ) from error
     except OSError as error:
         raise ConfigError(f"cannot read the run file {path}: {error.strerror}") from error
+    if not raw.strip():
+        raise ConfigError(
+            f"the run file {path} is empty: remove it, and 'shoal init {path}' writes one to start "
+            "from"
+        )
     if len(raw) > MAX_BYTES:
         raise ConfigError(f"{path} is longer than {MAX_BYTES // 1024} KiB: is it a run file?")
     try:
@@ -83,6 +100,24 @@ def parse(text: str, source: str) -> Tables:
             f"{source} is not valid TOML: {str(error)[:200]}; text needs quotes, as in "
             'name = "my run"'
         ) from error
+
+
+def published(text: str, data: str) -> str:
+    """The run file as it is signed and shown to everybody.
+
+    The text as it was written, comments and all, unless the run has data of its own: a path on this
+    machine means nothing on another and is nobody's business, so only its last part stays, and
+    every joiner gives the place of its own copy.
+
+    Args:
+        text: TOML that `peer.config.load` accepts.
+        data: where this machine has the run's own data; empty for none.
+    """
+    if not data:
+        return text
+    tables = parse(text, "the run file")
+    tables.setdefault("data", {})["path"] = PurePath(data).name
+    return dump(tables)
 
 
 def dump(tables: Tables) -> str:

@@ -4,16 +4,29 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dht.identity import Identity
+from dht.records import SignedRun
 from peer import cli
 from peer.homes import DaemonFile, Home
 from peer.link import Link, write_link_file
+from peer.memory import Memory
 
 RUN = "0123456789abcdef0123456789abcdef01234567"
+MADDR = f"/ip4/127.0.0.1/tcp/4001/p2p/{Identity.generate().peer_id}"
+STARTING = """
+import sys, time
+from pathlib import Path
+from peer.homes import Home
+home = Home.claim(Path(sys.argv[1]))
+print("claimed", flush=True)
+time.sleep(600)
+"""
 COMMANDS = ["init", "create", "join", "demo", "status", "stop"]
 
 
@@ -21,6 +34,29 @@ COMMANDS = ["init", "create", "join", "demo", "status", "stop"]
 def _own_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHOAL_HOME", str(tmp_path / "shoal"))
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def starting() -> Iterator[Callable[[Path], int]]:
+    """Starts a process that has a home, and nothing published; returns its id."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def start(home: Path) -> int:
+        process = subprocess.Popen(
+            [sys.executable, "-c", STARTING, str(home)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        )
+        processes.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "claimed\n"
+        return process.pid
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 2) -> str:
@@ -68,6 +104,13 @@ def test_a_slip_is_one_line(
         (["ping", "/ip4/1.2.3.4", "--link-file", "link"], "both LINK_OR_ADDRESS and --link-file"),
         (["ping", "--link-file", "link", "--timeout", "0.1"], "link did not appear within 0.1 s"),
         (["demo", "--codec", "int3"], "--codec"),
+        (["ping", "/ip4/1.2.3.4", "--timeout", "nan"], "not a finite number"),
+        (["demo", "--minutes", "nan"], "'--minutes': 'nan' is not a finite number"),
+        (["demo", "--minutes", "inf"], "'--minutes': 'inf' is not a finite number"),
+        (["demo", "--data", "/dev/null"], "/dev/null is neither a file nor a folder"),
+        (["create", "."], "cannot read the run file .: it is a folder; name a file"),
+        (["init", "none/run.toml"], "there is no folder none; make it first"),
+        (["stop", "--peer", ".."], "--peer needs a peer id"),
         (["demo", "--peers", "0"], "--peers"),
         (["demo", "--data", "none.txt"], "none.txt"),
         (["status", "--home"], "--home"),
@@ -85,14 +128,73 @@ def test_a_wrong_argument_is_named(
         (["--announce-host", "a b", "--port", "1"], "neither an IP address nor a host name"),
         (["--announce-host", "example.org"], "--announce-host needs --port"),
         (["--host", "localhost"], "not an IP address"),
+        (["--device", ""], "--device is empty: use auto"),
+        (["--data", "empty.txt"], "empty.txt is empty"),
+        (["--data", "/dev/null"], "/dev/null is neither a file nor a folder"),
+        (["--link-file", "none/link"], "there is no folder none; make it first"),
+        (["--home", "damaged"], "damaged/identity.key is damaged"),
     ],
 )
-def test_wrong_addresses_of_this_machine_are_named(
-    capsys: pytest.CaptureFixture[str], options: list[str], says: str
+def test_wrong_options_of_this_machine_show_before_torch_is_loaded(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    says: str,
 ) -> None:
+    monkeypatch.setitem(sys.modules, "peer.node", None)  # what needs torch cannot be imported
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "damaged").mkdir(mode=0o700)
+    (tmp_path / "damaged" / "identity.key").touch(mode=0o600)
     assert cli.run(["init", "run.toml"]) == 0
     capsys.readouterr()
     assert says in refused(capsys, "create", "run.toml", *options)
+
+
+@pytest.mark.parametrize("content", ["", " \n"])
+def test_an_empty_run_file_is_named_with_a_remedy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    (tmp_path / "run.toml").write_text(content)
+    line = refused(capsys, "create", "run.toml")
+    assert "the run file run.toml is empty: remove it, and 'shoal init run.toml'" in line
+
+
+def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["--help"]) == 0
+    whole = capsys.readouterr().out
+    assert cli.run([]) == 2
+    assert capsys.readouterr() == ("", whole)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "data", "same"),
+    [([], "", True), (["--data", "text"], "text", True), ([], "mine.txt", True), ([], "", False)],
+)
+def test_create_goes_back_to_the_folder_that_created_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], data: str, same: bool
+) -> None:
+    text = 'name = "x" # why\n'
+    if data == "mine.txt":
+        text += '[data]\npath = "below/mine.txt"\n'
+    (tmp_path / "text").write_text("a text")
+    (tmp_path / "run.toml").write_text(text)
+    public = text if not data else f'name = "x"\n\n[data]\npath = "{data}"\n'
+    for slot in range(3):
+        with Home.claim(tmp_path / "shoal" / f"peer-{slot}") as home:
+            identity = Identity.load_or_create(home.identity_path)
+            run_file = public if slot == 1 and same else f'name = "{slot}"'
+            Memory(home.path).keep_run(SignedRun.sign(identity, run_file.encode(), 1.0))
+    taken: list[str] = []
+
+    def run(options: dict[str, Any], **_: object) -> int:
+        taken.append(options["claimed"].path.name)
+        return 0
+
+    monkeypatch.setattr(cli, "_run_node", run)
+    assert cli.run(["create", "run.toml", *arguments]) == 0
+    assert cli.run(["join", f"shoal://{RUN}?peer={MADDR}"]) == 0
+    assert taken == ["peer-1" if same else "peer-3", "peer-3"]
 
 
 def test_init_writes_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,10 +250,41 @@ def test_status_and_stop_without_a_daemon(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.run(["status"]) == 1
-    assert f"no daemon is running in {tmp_path / 'shoal'}" in capsys.readouterr().err
+    nothing = f"no daemon is running in {tmp_path / 'shoal'}\n"
+    assert capsys.readouterr().err == f"shoal status: {nothing}"
     assert cli.run(["stop"]) == 0
-    assert "no daemon is running" in capsys.readouterr().err
-    assert "no daemon with peer id abc" in refused(capsys, "stop", "--peer", "abc")
+    assert capsys.readouterr().err == f"shoal stop: {nothing}"
+    line = refused(capsys, "stop", "--peer", "abc")
+    assert line.startswith("shoal stop: no daemon with peer id abc")
+
+
+def test_a_daemon_that_starts_is_shown_and_can_be_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], starting: Callable[[Path], int]
+) -> None:
+    pid = starting(tmp_path / "shoal" / "peer-0")
+    assert cli.run(["status", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert (row["phase"], row["pid"]) == ("starting", pid)
+    refused(capsys, "stop", "--peer", "zzz")
+    assert cli.run(["stop"]) == 0
+    assert capsys.readouterr().out == f"stopped process {pid}\n"
+    assert cli.run(["status"]) == 1
+
+
+@pytest.mark.parametrize("token", ["a\nb", "\udcff", "\u20ac"])
+def test_a_daemon_with_a_damaged_file_can_still_be_stopped(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    starting: Callable[[Path], int],
+    token: str,
+) -> None:
+    home = tmp_path / "shoal" / "peer-0"
+    pid = starting(home)
+    damaged = {"pid": pid, "port": 1, "token": token, "run": RUN}
+    (home / "daemon.json").write_text(json.dumps(damaged))
+    assert cli.run(["status"]) == 0
+    assert cli.run(["stop"]) == 0
+    assert f"stopped process {pid}\n" in capsys.readouterr().out
 
 
 def test_a_killed_daemon_is_said_and_cleaned_up(

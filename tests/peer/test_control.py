@@ -34,7 +34,7 @@ async def test_a_wrong_token_learns_and_stops_nothing(
     server: tuple[ControlServer, DaemonFile, list[str]],
 ) -> None:
     _, daemon, stops = server
-    for token in ("", "x", daemon.token + "x", "\xfc"):
+    for token in ("", "x", daemon.token + "x", "\xfc", "\u20ac", "a\nb"):
         stranger = dataclasses.replace(daemon, token=token)
         assert await asyncio.to_thread(ask_status, stranger) is None
         assert not await asyncio.to_thread(ask_stop, stranger)
@@ -62,6 +62,12 @@ async def test_nobody_answers_after_the_end() -> None:
     await control.start()
     daemon = DaemonFile(pid=1, port=control.port, token=control.token, run="")
     await control.close()
+    assert await asyncio.to_thread(ask_status, daemon) is None
+    assert not await asyncio.to_thread(ask_stop, daemon)
+
+
+async def test_a_port_that_is_none_answers_nothing() -> None:
+    daemon = DaemonFile(pid=1, port=65536, token="t", run="")
     assert await asyncio.to_thread(ask_status, daemon) is None
     assert not await asyncio.to_thread(ask_stop, daemon)
 

@@ -10,15 +10,20 @@ from pathlib import Path
 import pytest
 
 from dht.errors import ConfigError
+from dht.identity import Identity
+from dht.records import SignedRun
 from peer.homes import (
     DaemonFile,
     Home,
     claim_slot,
     forget_dead,
+    holder,
     is_running,
     known_homes,
     read_daemon_file,
+    terminate,
 )
+from peer.memory import Memory
 
 DAEMON = DaemonFile(pid=1234, port=5678, token="secret", run="ab" * 20)
 HOLDER = """
@@ -39,6 +44,60 @@ def test_daemons_of_one_machine_get_different_folders(tmp_path: Path) -> None:
         with claim_slot(tmp_path) as third:
             assert third.path.name == "peer-0"
         assert stat.S_IMODE(second.path.stat().st_mode) == 0o700
+
+
+def test_a_folder_that_remembers_a_run_is_left_to_its_creator(tmp_path: Path) -> None:
+    for slot, text in enumerate((b"a = 1", b"b = 1", b"b = 1")):
+        with Home.claim(tmp_path / f"peer-{slot}") as home:
+            identity = Identity.load_or_create(home.identity_path)
+            Memory(home.path).keep_run(SignedRun.sign(identity, text, 1.0))
+
+    def taken(run_file: bytes | None) -> list[str]:
+        with claim_slot(tmp_path, run_file) as first, claim_slot(tmp_path, run_file) as second:
+            return [first.path.name, second.path.name]
+
+    assert taken(None) == ["peer-3", "peer-4"]
+    assert taken(b"a = 1") == ["peer-0", "peer-3"]
+    assert taken(b"b = 1") == ["peer-1", "peer-2"]
+    assert taken(b"c = 1") == ["peer-3", "peer-4"]
+    (tmp_path / "peer-0" / "run").write_bytes(b"damaged")
+    assert taken(b"a = 1") == ["peer-3", "peer-4"]
+
+
+def test_a_remembered_run_is_given_up_before_a_start_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peer.homes.MAX_SLOTS", 2)
+    (tmp_path / "peer-0").mkdir()
+    (tmp_path / "peer-0" / "run").touch()
+    with claim_slot(tmp_path) as first, claim_slot(tmp_path) as second:
+        assert [first.path.name, second.path.name] == ["peer-1", "peer-0"]
+        with pytest.raises(ConfigError, match="all 2 places"):
+            claim_slot(tmp_path)
+
+
+def test_the_holder_is_known_before_it_has_published_anything(tmp_path: Path) -> None:
+    assert holder(tmp_path) is None
+    with Home.claim(tmp_path) as home:
+        assert holder(tmp_path) == os.getpid()
+        with pytest.raises(ConfigError, match=f"process {os.getpid()}"):
+            Home.claim(tmp_path)
+        home.release()
+    assert holder(tmp_path) is None
+    assert (tmp_path / "lock").read_bytes() == b""
+
+
+def test_only_the_holder_of_the_lock_is_terminated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed: list[tuple[int, int]] = []
+    monkeypatch.setattr("os.kill", lambda *given: killed.append(given))
+    (tmp_path / "lock").write_text(f"{os.getpid()}\n")  # what a killed one left; since given away
+    assert terminate(tmp_path) is None
+    assert killed == []
+    with Home.claim(tmp_path):
+        assert terminate(tmp_path) == os.getpid()
+    assert killed == [(os.getpid(), signal.SIGTERM)]
 
 
 def test_a_folder_in_use_is_refused_by_name(tmp_path: Path) -> None:
@@ -67,7 +126,23 @@ def test_daemon_file_is_private_and_goes_with_the_daemon(home: Home) -> None:
     assert not is_running(home.path)
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", "7", '{"pid": "x"}', "\xff"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{}",
+        "[]",
+        "7",
+        '{"pid": "x"}',
+        "\xff",
+        "[" * 16_000,
+        '{"pid": 1e999, "port": 1, "token": "t", "run": ""}',
+        '{"pid": 0, "port": 1, "token": "t", "run": ""}',
+        '{"pid": 1, "port": 65536, "token": "t", "run": ""}',
+        '{"pid": 1, "port": 1, "token": "a\\nb", "run": ""}',
+        '{"pid": 1, "port": 1, "token": "\\u20ac", "run": ""}',
+    ],
+)
 def test_a_damaged_daemon_file_is_no_daemon(home: Home, content: str) -> None:
     (home.path / "daemon.json").write_text(content, encoding="latin-1")
     assert read_daemon_file(home.path) is None
