@@ -29,6 +29,7 @@ from pathlib import Path
 from types import TracebackType
 
 from dht.errors import ConfigError
+from peer.files import write_whole
 
 MAX_SLOTS = 256
 _DAEMON_FILE_BYTES = 16 * 1024
@@ -111,12 +112,7 @@ class Home:
 
     def publish(self, daemon: DaemonFile) -> None:
         """Tell `shoal status` and `shoal stop` how to reach this daemon."""
-        temporary = self.path / f".daemon.{os.getpid()}"
-        temporary.unlink(missing_ok=True)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(asdict(daemon), file)
-        os.replace(temporary, self.path / "daemon.json")
+        write_whole(self.path / "daemon.json", json.dumps(asdict(daemon)).encode())
 
     def release(self) -> None:
         """Give the folder back. May be called twice."""

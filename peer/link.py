@@ -14,9 +14,7 @@ are alive.
 from __future__ import annotations
 
 import ipaddress
-import os
 import re
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from pathlib import Path
 from urllib.parse import parse_qsl, quote, urlsplit
 
 from dht.errors import ConfigError
+from peer.files import write_whole
 
 MAX_PEERS = 16  # enough for any bootstrap; a longer link no longer fits a chat line
 MAX_LINK_CHARS = 8192
@@ -192,16 +191,8 @@ def write_link_file(path: Path, link: Link) -> None:
         ConfigError: the place cannot be written to.
     """
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(f"{link}\n")
-            # mkstemp makes it 0600, but the link is meant for others (a shared volume, say).
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        # Readable by others: the link is meant for them (on a shared volume, say).
+        write_whole(path, f"{link}\n".encode(), 0o644)
     except OSError as error:
         raise ConfigError(
             f"cannot write the link file {path}: {error.strerror}; choose another --link-file"

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import socket
-import tempfile
 from pathlib import Path
 
 from dht.errors import RecordError
 from dht.records import MAX_ADDRESSES, SignedRun, peer_id_of
+from peer.files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -92,13 +91,6 @@ def _read(path: Path) -> bytes:
 def _write(path: Path, data: bytes) -> None:
     """Losing this costs a restart its shortcut, never the training: a full disk is only logged."""
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_whole(path, data)
     except OSError as error:
         logger.warning("memory.not_written path=%s reason=%r", path, error.strerror)
