@@ -265,13 +265,20 @@ def test_over_long_and_empty_messages_are_refused() -> None:
 
 
 def test_a_message_too_large_to_send_is_refused_by_its_sender() -> None:
-    long_host = dataclasses.replace(ROSTER[0], hosts=("h" * 255,) * 16)
-    roster = tuple(dataclasses.replace(long_host, peer_id=f"p{number:04}") for number in range(300))
+    long_host = dataclasses.replace(ROSTER[0], hosts=("h" * 255,) * 2)
+    roster = tuple(
+        dataclasses.replace(long_host, peer_id=f"p{number:04}") for number in range(2000)
+    )
     large = messages.Propose(
         height=1, ballot=0, outcome=dataclasses.replace(OUTCOME, roster=roster), holders=()
     )
     with pytest.raises(ValueError, match="too large"):
         wire.encode(large)
+
+
+def test_a_member_with_over_long_host_names_is_refused() -> None:
+    with pytest.raises(ValueError, match="over-long"):
+        dataclasses.replace(ROSTER[0], hosts=("h" * 255,) * 3)
 
 
 @pytest.mark.parametrize(
