@@ -34,7 +34,6 @@ import ipaddress
 import logging
 import os
 import socket
-import time
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
@@ -54,6 +53,8 @@ from coordinator_free.contact import Contact
 from coordinator_free.tls import SERVER_NAME, ServerCertificate, fetch_pinned
 from dht.errors import (
     ConfigError,
+    Declined,
+    Overloaded,
     PeerError,
     ProtocolViolation,
     SwarmError,
@@ -171,7 +172,6 @@ class Server:
         certificate: ServerCertificate,
         *,
         idle_s: float = SERVER_IDLE_S,
-        clock: Callable[[], float] = time.time,
     ) -> None:
         """Remember what to serve; nothing is opened before `start`.
 
@@ -183,7 +183,6 @@ class Server:
             port: TCP port, 0 for any free one.
             certificate: shown to callers.
             idle_s: longest that a stream may make its handler wait for one frame, either way.
-            clock: unix seconds.
         """
         self.bytes_sent = 0
         self.bytes_received = 0
@@ -196,7 +195,6 @@ class Server:
         self._port = port
         self._certificate = certificate
         self._idle_s = idle_s
-        self._clock = clock
         self._calls: Counter[str] = Counter()
         self._server: grpc.aio.Server | None = None
 
@@ -238,7 +236,9 @@ class Server:
             Unauthenticated: counted and logged.
         """
         try:
-            return tokens.check(token, self._identity.peer_id, self._run_id, self._clock())
+            return tokens.check(
+                token, self._identity.peer_id, self._run_id, self._certificate.sha256
+            )
         except Unauthenticated as exc:
             self.refused["unauthenticated"] += 1
             _LOG.warning("transport.refused peer=%s reason=%r", exc.peer_id or "?", exc.reason)
@@ -424,6 +424,8 @@ def _status_of(exc: Exception) -> grpc.StatusCode:
             return grpc.StatusCode.INVALID_ARGUMENT
         case TimedOut() | TimeoutError():
             return grpc.StatusCode.DEADLINE_EXCEEDED
+        case Overloaded():
+            return grpc.StatusCode.RESOURCE_EXHAUSTED
         case _:
             return grpc.StatusCode.ABORTED
 
@@ -484,7 +486,6 @@ class Client:
         run_id: str,
         *,
         max_lines: int = MAX_LINES,
-        clock: Callable[[], float] = time.time,
     ) -> None:
         """Remember who calls; nothing is opened yet.
 
@@ -492,14 +493,12 @@ class Client:
             identity: signs the tokens.
             run_id: the run that all calls are about.
             max_lines: connections kept open while nobody uses them.
-            clock: unix seconds.
         """
         self.bytes_sent = 0
         self.bytes_received = 0
         self._identity = identity
         self._run_id = run_id
         self._max_lines = max_lines
-        self._clock = clock
         self._lines: OrderedDict[str, _Line] = OrderedDict()  # by peer id, least recent first
         self._open: set[_Line] = set()  # those, and retired ones that are still in use
         self._dialling: weakref.WeakValueDictionary[str, asyncio.Lock] = (
@@ -532,7 +531,8 @@ class Client:
             The reply, at most `MAX_MESSAGE_BYTES`.
 
         Raises:
-            Unreachable: no connection, it broke, or the partner declines for a reason of its own.
+            Unreachable: no connection, or it broke.
+            Declined: the partner will not, for a reason of its own; `Overloaded`: not now.
             TimedOut: no reply within the time.
             Unauthenticated: another certificate than `contact` promises, or our token is refused.
             ProtocolViolation: the partner calls our message malformed, or its reply is over-long.
@@ -578,6 +578,15 @@ class Client:
             finally:
                 call.cancel()  # of no effect on a call that is over
 
+    async def knock(self, contact: Contact, timeout_s: float) -> None:
+        """Connect, and ask for nothing.
+
+        Raises:
+            PeerError: nobody who holds the key of this very certificate answers there.
+        """
+        async with self._calling(contact, timeout_s):
+            pass
+
     async def fetch(
         self, contact: Contact, request: bytes, idle_timeout_s: float
     ) -> AsyncGenerator[bytes, None]:
@@ -617,7 +626,9 @@ class Client:
                 call.cancel()
 
     def _metadata(self, contact: Contact) -> grpc.aio.Metadata:
-        token = tokens.mint(self._identity, contact.peer_id, self._run_id, self._clock())
+        token = tokens.mint(
+            self._identity, contact.peer_id, self._run_id, contact.certificate_sha256
+        )
         return grpc.aio.Metadata((TOKEN_KEY, token))
 
     @asynccontextmanager
@@ -704,6 +715,8 @@ class Client:
         peer_id = line.contact.peer_id
         try:
             yield
+        except Declined:
+            raise  # the connection is as good as before
         except PeerError:
             self._forget(line)
             raise
@@ -712,7 +725,7 @@ class Client:
             raise TimedOut(peer_id, "the deadline passed") from exc
         except grpc.aio.AioRpcError as exc:
             error = _error_from(peer_id, exc.code(), exc.details())
-            if isinstance(error, Unreachable | TimedOut):
+            if isinstance(error, Unreachable | TimedOut) and not isinstance(error, Declined):
                 self._forget(line)
             raise error from exc
         except (grpc.aio.BaseError, asyncio.InvalidStateError) as exc:
@@ -884,8 +897,10 @@ def _error_from(peer_id: str, code: grpc.StatusCode, details: str | None) -> Pee
             return ProtocolViolation(peer_id, f"does not accept our message: {reason}")
         case grpc.StatusCode.RESOURCE_EXHAUSTED if "larger than max" in reason:
             return ProtocolViolation(peer_id, reason)
+        case grpc.StatusCode.RESOURCE_EXHAUSTED:
+            return Overloaded(peer_id, f"has too much to do: {reason}")
         case grpc.StatusCode.ABORTED:
-            return Unreachable(peer_id, f"declined: {reason}")
+            return Declined(peer_id, f"declined: {reason}")
         case _:
             return Unreachable(peer_id, f"{code.name.lower()}: {reason}")
 

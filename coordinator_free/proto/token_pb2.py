@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"coordinator_free/proto/token.proto\x12\x19shoal.coordinator_free.v1\"Q\n\x0bTokenClaims\x12\x0e\n\x06\x63\x61ller\x18\x01 \x01(\t\x12\x0e\n\x06\x63\x61llee\x18\x02 \x01(\t\x12\x0e\n\x06run_id\x18\x03 \x01(\t\x12\x12\n\nexpires_at\x18\x04 \x01(\x01\"*\n\x05Token\x12\x0e\n\x06\x63laims\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"coordinator_free/proto/token.proto\x12\x19shoal.coordinator_free.v1\"_\n\x0bTokenClaims\x12\x0e\n\x06\x63\x61ller\x18\x01 \x01(\t\x12\x0e\n\x06\x63\x61llee\x18\x02 \x01(\t\x12\x0e\n\x06run_id\x18\x03 \x01(\t\x12\x1a\n\x12\x63\x65rtificate_sha256\x18\x05 \x01(\x0cJ\x04\x08\x04\x10\x05\"*\n\x05Token\x12\x0e\n\x06\x63laims\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,7 +32,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'coordinator_free.proto.toke
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_TOKENCLAIMS']._serialized_start=65
-  _globals['_TOKENCLAIMS']._serialized_end=146
-  _globals['_TOKEN']._serialized_start=148
-  _globals['_TOKEN']._serialized_end=190
+  _globals['_TOKENCLAIMS']._serialized_end=160
+  _globals['_TOKEN']._serialized_start=162
+  _globals['_TOKEN']._serialized_end=204
 # @@protoc_insertion_point(module_scope)

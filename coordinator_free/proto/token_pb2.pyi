@@ -5,16 +5,16 @@ from typing import ClassVar as _ClassVar, Optional as _Optional
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class TokenClaims(_message.Message):
-    __slots__ = ("caller", "callee", "run_id", "expires_at")
+    __slots__ = ("caller", "callee", "run_id", "certificate_sha256")
     CALLER_FIELD_NUMBER: _ClassVar[int]
     CALLEE_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
-    EXPIRES_AT_FIELD_NUMBER: _ClassVar[int]
+    CERTIFICATE_SHA256_FIELD_NUMBER: _ClassVar[int]
     caller: str
     callee: str
     run_id: str
-    expires_at: float
-    def __init__(self, caller: _Optional[str] = ..., callee: _Optional[str] = ..., run_id: _Optional[str] = ..., expires_at: _Optional[float] = ...) -> None: ...
+    certificate_sha256: bytes
+    def __init__(self, caller: _Optional[str] = ..., callee: _Optional[str] = ..., run_id: _Optional[str] = ..., certificate_sha256: _Optional[bytes] = ...) -> None: ...
 
 class Token(_message.Message):
     __slots__ = ("claims", "signature")
