@@ -9,8 +9,8 @@ with more samples wins.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from coordinator_free import wire
@@ -119,6 +119,72 @@ def found(run_id: str, founder: Member, signer: Signer, state_root: bytes) -> Ce
         ballot=0,
         provisional=False,
         signatures=(Signature(peer_id=founder.peer_id, signature=signature),),
+    )
+
+
+def has_vote(chain_end: Sequence[Certificate], peer_id: str) -> bool:
+    """Whether this peer, as any of its sessions, may revive the run after these decrees.
+
+    Args:
+        chain_end: the newest certificate, after its predecessor if that is known.
+        peer_id: of the peer.
+    """
+    return any(
+        member.peer_id == peer_id
+        for certificate in chain_end[-2:]
+        for member in certificate.outcome.roster
+    )
+
+
+def revive(
+    run_id: str,
+    chain_end: Sequence[Certificate],
+    roster: tuple[Member, ...],
+    signer: Signer,
+    *,
+    gathering: bool,
+) -> Certificate:
+    """Let a run go on whose whole roster is gone: one former member decides a new one.
+
+    Who is in the newest roster decides a further height. Who was let go by the newest decree, and
+    has its state all the same, decides that very decree anew, with another roster. Provisional:
+    others may do so as well, and of two branches the one with the higher rank wins.
+
+    Args:
+        run_id: of the run.
+        chain_end: the newest certificate, after its predecessor if that is known.
+        roster: who goes on, sorted by peer id.
+        signer: the former member.
+        gathering: whether the run still waits for its `start_peers`.
+
+    Raises:
+        ValueError: the signer was in neither roster.
+    """
+    newest = chain_end[-1].outcome
+    if has_vote(chain_end[-1:], signer.peer_id):
+        head = Head.after(chain_end[-1])
+        outcome = Outcome(
+            height=head.height,
+            round=head.round,
+            kind=Kind.GATHER if gathering else Kind.REGROUP,
+            previous=head.digest,
+            plan=NO_DIGEST,
+            vector_root=NO_DIGEST,
+            state_root=head.state_root,
+            samples=head.samples,
+            contributions=(),
+            roster=roster,
+        )
+    elif has_vote(chain_end, signer.peer_id):
+        outcome = replace(newest, roster=roster)
+    else:
+        raise ValueError(f"{signer.peer_id} has no vote in this run")
+    signature = signer.sign(ACCEPT_DOMAIN, signed_text(run_id, 0, outcome))
+    return Certificate(
+        outcome=outcome,
+        ballot=0,
+        provisional=True,
+        signatures=(Signature(peer_id=signer.peer_id, signature=signature),),
     )
 
 
