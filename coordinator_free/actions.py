@@ -43,8 +43,19 @@ class StartExchange:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class GoOnWithout:
+    """The exchange of this plan shall not wait for these peers any more."""
+
+    plan: bytes
+    peers: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Fetch:
-    """Get the bytes of this outcome's average and compute its state; answer with `fetched`."""
+    """Get the bytes of this outcome's average and compute its state; answer with `fetched`.
+
+    In place of any other outcome that is being fetched.
+    """
 
     outcome: Outcome
     holders: tuple[str, ...]
@@ -74,4 +85,15 @@ class Left:
     """The roster no longer names this peer, as it asked."""
 
 
-Action = Send | StartWork | CloseWork | StartExchange | Fetch | Apply | CatchUp | Finished | Left
+Action = (
+    Send
+    | StartWork
+    | CloseWork
+    | StartExchange
+    | GoOnWithout
+    | Fetch
+    | Apply
+    | CatchUp
+    | Finished
+    | Left
+)

@@ -17,11 +17,11 @@ from blake3 import blake3
 from torch import Tensor
 
 from coordinator_free.codecs import codec
-from coordinator_free.messages import MAX_MEMBERS, FrameHeader, Plan, Slice
-from coordinator_free.partition import ALIGN_ELEMENTS, chunk_bounds
+from coordinator_free.messages import MAX_MEMBERS, FrameHeader, Plan
+from coordinator_free.partition import ALIGN_ELEMENTS
 from coordinator_free.wire import pack_frame, tree_root, unpack_frame
 
-_PREFIX = struct.Struct(">IIQI")
+_PREFIX = struct.Struct(">IQI")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +29,12 @@ class Chunk:
     """One reduced chunk.
 
     Attributes:
-        slice: index of its slice in the plan.
-        index: of the chunk in its slice.
+        index: of the chunk in the vector.
         elements: encoded in `payload`.
         contributors: bit i of byte i // 8 is set if contribution i of the plan is in the mean.
         payload: codec bytes.
     """
 
-    slice: int
     index: int
     elements: int
     contributors: bytes
@@ -45,7 +43,7 @@ class Chunk:
     def digest(self) -> bytes:
         """(32,) bytes over everything above."""
         hasher = blake3(b"shoal chunk v1\0")
-        hasher.update(_PREFIX.pack(self.slice, self.index, self.elements, len(self.contributors)))
+        hasher.update(_PREFIX.pack(self.index, self.elements, len(self.contributors)))
         hasher.update(self.contributors)
         hasher.update(self.payload)
         return hasher.digest()
@@ -53,10 +51,7 @@ class Chunk:
     def frame(self) -> bytes:
         """As it travels."""
         header = FrameHeader(
-            slice=self.slice,
-            chunk=self.index,
-            contributors=self.contributors,
-            elements=self.elements,
+            chunk=self.index, contributors=self.contributors, elements=self.elements
         )
         return pack_frame(header, self.payload)
 
@@ -68,14 +63,7 @@ class Chunk:
             ValueError: not a frame.
         """
         header, payload = unpack_frame(frame)
-        return cls(header.slice, header.chunk, header.elements, header.contributors, payload)
-
-
-def chunk_places(slices: tuple[Slice, ...], chunk_elements: int) -> Iterator[tuple[int, int, int]]:
-    """(slice, chunk, elements) of every chunk of a vector cut like this, in order."""
-    for number, piece in enumerate(slices):
-        for index, (start, stop) in enumerate(chunk_bounds(piece, chunk_elements)):
-            yield number, index, stop - start
+        return cls(header.chunk, header.elements, header.contributors, payload)
 
 
 class Average:
@@ -106,6 +94,11 @@ class Average:
     def numel(self) -> int:
         """Length of the vector."""
         return sum(chunk.elements for chunk in self.chunks)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all payloads."""
+        return sum(len(chunk.payload) for chunk in self.chunks)
 
     def values(self) -> Tensor:
         """The averaged pseudo-gradient, decoded: (N,) float32."""
@@ -144,12 +137,12 @@ class AverageReader:
             return
         chunk = Chunk.from_frame(frame)
         self._elements += chunk.elements
-        if chunk.elements == 0 or self._elements > self._numel:
+        if chunk.elements == 0 or self._elements > self._numel or chunk.index != len(self._chunks):
             raise ValueError("the chunks of an average do not add up")
         # No codec takes more than float32 does: bounds the memory before `finish` validates.
         if len(chunk.payload) > 4 * chunk.elements:
             raise ValueError("a chunk of an average is over-long")
-        if len(self._chunks) > self._numel // ALIGN_ELEMENTS + MAX_MEMBERS:
+        if len(self._chunks) > self._numel // ALIGN_ELEMENTS:
             raise ValueError("an average in too many chunks")
         self._chunks.append(chunk)
 
@@ -174,6 +167,14 @@ def contributor_bits(plan: Plan, present: set[str]) -> bytes:
         if contribution.peer_id in present:
             bits[number // 8] |= 1 << number % 8
     return bytes(bits)
+
+
+def absent(plan: Plan, average: Average) -> tuple[str, ...]:
+    """Contributors of a plan that are in no chunk of its average."""
+    present = 0
+    for chunk in average.chunks:
+        present |= int.from_bytes(chunk.contributors, "little")
+    return tuple(c.peer_id for n, c in enumerate(plan.contributions) if not present >> n & 1)
 
 
 def check_bits(plan: Plan, bits: bytes) -> None:

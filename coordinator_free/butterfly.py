@@ -1,15 +1,16 @@
 """The butterfly all-reduce of one plan, as one member runs it.
 
 Every member streams each slice of its vector to that slice's reducer and gets the averaged slice
-back on the same stream; as reducer of its own slice it does the other half of that. A reducer sums
-a chunk as soon as all contributions to it are there, in the plan's order so that anybody can
-reproduce the bytes, encodes it once, and sends those bytes to everybody, itself included.
+back on the same stream; for its own slices it is the reducer (`reducer`). A plan that mends another
+one goes on from the chunks that this member got by that, fetches those that only others got, and
+exchanges the rest with new reducers.
 
-Guarantees: `run` returns a complete average or raises; a contributor that breaks off or stalls is
-left out of the chunks it did not deliver; everything a partner sends is checked against the plan
-before it is used; memory is bounded by the vector and `WINDOW` chunks per contributor, as a slow
-reader or a slow reducer stops the streams that feed it. Not guaranteed: that a reducer averaged
-honestly.
+Guarantees: `run` returns a complete average or raises with what there is; a partner that breaks
+off, falls silent or does not read costs its own slice and its own contribution, and no more than
+the plan's deadlines; everything a partner sends is checked against the plan before it is used;
+memory is bounded by the vector and a few chunks per contributor, as a slow reader or a slow reducer
+stops the streams that feed it. Not guaranteed: that a reducer averaged honestly, or that a holder
+of chunks hands on what it got; who was told something else than the majority finds out by the root.
 """
 
 from __future__ import annotations
@@ -17,25 +18,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol, TypeVar
 
-import torch
 from torch import Tensor
 
-from coordinator_free.average import Average, Chunk, check_bits, contributor_bits
+from coordinator_free import failpoints
+from coordinator_free.average import Average, Chunk, check_bits
 from coordinator_free.codecs import Codec, NonFinite, codec
-from coordinator_free.messages import FrameHeader, Plan, Slice
-from coordinator_free.partition import chunk_bounds
+from coordinator_free.messages import FetchChunks, FrameHeader, Plan, Run, Slice
+from coordinator_free.partition import chunk_span, runs_of, share
+from coordinator_free.reducer import Reducer
 from coordinator_free.wire import pack_frame, unpack_frame
-from dht.errors import PeerError, ProtocolViolation, RoundError, innermost
+from dht.errors import PeerError, ProtocolViolation, RoundError, Unreachable, innermost
 
 logger = logging.getLogger(__name__)
 
-WINDOW = 4  # chunks of one contributor that wait for those of the others
-STALL_SHARE = 3  # a contributor may be silent for this part of the exchange's deadline
+PATIENCE = 2.0  # a reducer may be silent for so many times as long as it waits for a contributor
 
 T = TypeVar("T")
 
@@ -56,140 +57,36 @@ class Stream(Protocol):
         ...
 
 
+class Network(Protocol):
+    """What a butterfly needs of the wire. Both raise `PeerError`."""
+
+    def connect(self, peer: str) -> AbstractAsyncContextManager[Stream]:
+        """Open a stream to a reducer."""
+        ...
+
+    def fetch(
+        self, peer: str, request: FetchChunks, timeout_s: float
+    ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
+        """Ask a member for chunks that it has; the frames, each within the time."""
+        ...
+
+
 class ExchangeFailed(RoundError):
-    """The exchange came to nothing here.
+    """The exchange did not come to its end here.
 
     Args:
         round: the round.
-        lost: peers that broke off.
+        lost: peers that broke off or fell silent.
+        held: what there is all the same.
         reason: for a log line.
     """
 
-    def __init__(self, round: int, lost: tuple[str, ...], reason: str) -> None:
+    def __init__(
+        self, round: int, lost: tuple[str, ...], held: tuple[Run, ...], reason: str
+    ) -> None:
         super().__init__(round, reason)
         self.lost = lost
-
-
-class Reducer:
-    """Averages one slice: contributions in, in any order; reduced chunks out, in order."""
-
-    def __init__(
-        self, plan: Plan, number: int, compute: Callable[..., asyncio.Future[None]]
-    ) -> None:
-        self._plan = plan
-        self._number = number
-        self._compute = compute
-        self._codec = codec(plan.codec)
-        self._bounds = list(chunk_bounds(plan.slices[number], plan.chunk_elements))
-        self._stall_s = plan.exchange_s / STALL_SHARE
-        self._queues: dict[str, asyncio.Queue[bytes | memoryview | None]] = {
-            c.peer_id: asyncio.Queue(WINDOW) for c in plan.contributions
-        }
-        self._lost: set[str] = set()
-        self._reduced: list[Chunk] = []
-        self._aborted = False
-        self._news = asyncio.Condition()
-
-    @property
-    def lost(self) -> tuple[str, ...]:
-        """Contributors that did not deliver everything."""
-        return tuple(sorted(self._lost))
-
-    async def put(self, peer: str, payload: bytes | memoryview) -> None:
-        """The next chunk of a contributor; waits while it is too far ahead of the others."""
-        if peer not in self._lost:
-            await self._queues[peer].put(payload)
-
-    def drop(self, peer: str) -> None:
-        """Nothing more comes from this contributor."""
-        queue = self._queues.get(peer)
-        if queue is not None and peer not in self._lost:
-            self._lost.add(peer)
-            # Wakes whoever waits on an empty queue; a full one holds chunks that still count.
-            if queue.empty():
-                queue.put_nowait(None)
-
-    async def run(self) -> None:
-        """Reduce every chunk.
-
-        Raises:
-            RoundError: a chunk got no contribution at all.
-        """
-        loop = asyncio.get_running_loop()
-        for index, (start, stop) in enumerate(self._bounds):
-            payloads = {}
-            # One clock for all: contributors that stall together must not add up to the deadline.
-            until = loop.time() + self._stall_s
-            for contribution in self._plan.contributions:
-                payload = await self._next(contribution.peer_id, until)
-                if payload is not None:
-                    payloads[contribution.peer_id] = payload
-            if not payloads:
-                raise RoundError(self._plan.round, f"nobody contributed to chunk {index}")
-            chunk: list[Chunk] = []
-            await self._compute(self._reduce, index, stop - start, payloads, chunk)
-            async with self._news:
-                self._reduced += chunk
-                self._news.notify_all()
-
-    async def _next(self, peer: str, until: float) -> bytes | memoryview | None:
-        queue = self._queues[peer]
-        if peer in self._lost and queue.empty():
-            return None
-        try:
-            async with asyncio.timeout_at(until):
-                return await queue.get()
-        except TimeoutError:
-            logger.warning("butterfly.contributor_stalled peer=%s", peer)
-            self._lost.add(peer)
-            # What slipped in at the last moment is of this chunk: it must not pass for the next.
-            while not queue.empty():
-                queue.get_nowait()
-            return None
-
-    def _reduce(
-        self,
-        index: int,
-        elements: int,
-        payloads: dict[str, bytes | memoryview],
-        out: list[Chunk],
-    ) -> None:
-        """Weighted mean in the plan's order, each weight rounded to float32 once."""
-        total = sum(c.samples for c in self._plan.contributions if c.peer_id in payloads)
-        sum_E = torch.zeros(elements, dtype=torch.float32)
-        for contribution in self._plan.contributions:
-            payload = payloads.get(contribution.peer_id)
-            if payload is not None:
-                self._codec.decode_add(payload, elements, contribution.samples / total, sum_E)
-        out.append(
-            Chunk(
-                slice=self._number,
-                index=index,
-                elements=elements,
-                contributors=contributor_bits(self._plan, set(payloads)),
-                payload=self._codec.encode(sum_E),
-            )
-        )
-
-    async def abort(self) -> None:
-        """No more chunks will come: whoever waits for one is told, unless it has them all."""
-        async with self._news:
-            self._aborted = True
-            self._news.notify_all()
-
-    async def reduced(self) -> AsyncIterator[Chunk]:
-        """Every reduced chunk, each as soon as it is there.
-
-        Raises:
-            RoundError: the slice was given up.
-        """
-        for index in range(len(self._bounds)):
-            async with self._news:
-                while len(self._reduced) <= index:
-                    if self._aborted:
-                        raise RoundError(self._plan.round, "the reducer gave up its slice")
-                    await self._news.wait()
-            yield self._reduced[index]
+        self.held = held
 
 
 class Butterfly:
@@ -200,8 +97,9 @@ class Butterfly:
         digest: the plan's.
         me: this peer's id.
         values_N: (N,) float32 pseudo-gradient; None for a member that only receives.
-        connect: opens a stream to a reducer; an async context manager.
+        network: to the other members.
         executor: runs what takes longer than a moment.
+        base: the exchange that the plan mends, if this peer took part in that.
     """
 
     def __init__(
@@ -210,38 +108,79 @@ class Butterfly:
         digest: bytes,
         me: str,
         values_N: Tensor | None,
-        connect: Callable[[str], AbstractAsyncContextManager[Stream]],
+        network: Network,
         executor: Executor,
+        base: Butterfly | None = None,
     ) -> None:
-        self._plan = plan
-        self._digest = digest
+        self.plan = plan
+        self.digest = digest
         self._me = me
         self._codec: Codec = codec(plan.codec)
         self._values_N = values_N
-        self._connect = connect
+        self._network = network
         self._executor = executor
-        self._failures: dict[str, BaseException] = {}  # by reducer
-        self._served: set[str] = set()
-        mine = [n for n, piece in enumerate(plan.slices) if piece.reducer == me]
-        self._reducer = Reducer(plan, mine[0], self._compute) if mine else None
+        self._chunks: list[Chunk | None] = [None] * plan.chunks
+        if base is not None and base.digest == plan.base and _alike(base.plan, plan):
+            # Only what the plan keeps: whatever else has arrived will be averaged once more.
+            for kept in plan.kept:
+                self._chunks[kept.start : kept.stop] = base._chunks[kept.start : kept.stop]
+        self._failures: dict[str, BaseException] = {}  # by peer
+        self._dropped: set[str] = set()
+        self._parts: list[tuple[str, asyncio.Task[None]]] = []
+        self._served: set[tuple[str, int]] = set()
+        self._reducers = {
+            number: Reducer(plan, piece, self._compute)
+            for number, piece in enumerate(plan.slices)
+            if piece.reducer == me
+        }
 
     def _compute(self, work: Callable[..., T], *args: object) -> asyncio.Future[T]:
         return asyncio.get_running_loop().run_in_executor(self._executor, work, *args)
 
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """Contributors that my slices had to do without."""
+        return tuple(sorted(set().union(*(r.lost for r in self._reducers.values()))))
+
+    @property
+    def held(self) -> tuple[Run, ...]:
+        """The chunks that are here."""
+        return runs_of(n for n, chunk in enumerate(self._chunks) if chunk is not None)
+
+    def release(self) -> None:
+        """Nothing will be sent any more: forget the vector. What was averaged stays for others."""
+        self._values_N = None
+
+    def drop(self, peer: str) -> None:
+        """Go on without this peer, as contributor and as reducer."""
+        if peer in self._dropped or peer == self._me:
+            return
+        self._dropped.add(peer)
+        for reducer in self._reducers.values():
+            reducer.drop(peer)
+        for partner, part in self._parts:
+            if partner == peer and not part.done():
+                self._give_up(peer)
+                part.cancel()
+
+    def _give_up(self, reducer: str) -> None:
+        self._failures[reducer] = Unreachable(reducer, "was given up by the leader")
+
     # -- as reducer ---------------------------------------------------------------------------
 
     async def reduce(self) -> None:
-        """Average my slice for everybody, however my own exchange goes."""
-        reducer = self._reducer
-        if reducer is None:
-            return
-        piece = next(piece for piece in self._plan.slices if piece.reducer == self._me)
+        """Average my slices for everybody, however my own exchange goes."""
+        async with asyncio.TaskGroup() as tasks:
+            for reducer in self._reducers.values():
+                tasks.create_task(self._reduce(reducer))
+
+    async def _reduce(self, reducer: Reducer) -> None:
         try:
-            async with asyncio.timeout(self._plan.exchange_s), asyncio.TaskGroup() as tasks:
+            async with asyncio.timeout(self.plan.exchange_s), asyncio.TaskGroup() as tasks:
                 tasks.create_task(reducer.run())
-                tasks.create_task(self._feed(reducer, piece))
+                tasks.create_task(self._feed(reducer))
         except TimeoutError:
-            logger.warning("butterfly.slice_late round=%d", self._plan.round)
+            logger.warning("butterfly.slice_late round=%d", self.plan.round)
         except BaseExceptionGroup as group:
             error = innermost(group)
             if not isinstance(error, (RoundError, ValueError)):
@@ -250,48 +189,81 @@ class Butterfly:
         finally:
             await reducer.abort()
 
-    async def serve(self, sender: str, frames: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
+    async def serve(
+        self, sender: str, number: int, frames: AsyncIterator[bytes]
+    ) -> AsyncGenerator[bytes]:
         """The other side of a member's stream: its chunks of my slice in, reduced chunks out.
 
         Args:
             sender: authentic.
-            frames: what follows the frame that named the plan.
+            number: which slice of the plan; sender's word.
+            frames: what follows the frame that named plan and slice.
         """
-        if self._reducer is None or sender not in self._plan.receivers:
+        reducer = self._reducers.get(number)
+        if reducer is None or sender not in self.plan.receivers:
             raise ProtocolViolation(sender, "opened an exchange that it has no part in")
-        if sender in self._served:
+        if (sender, number) in self._served:
             # Chunks of two streams would mix in one queue, of other lengths than the plan's.
             raise ProtocolViolation(sender, "opened the same exchange twice")
-        self._served.add(sender)
+        self._served.add((sender, number))
         # No TaskGroup: one must not stay open across a generator's yields. The generator's end,
         # which the transport brings about in every case, ends the task.
-        reading = asyncio.create_task(self._take(self._reducer, sender, frames))
+        reading = asyncio.create_task(self._take(reducer, sender, frames))
         try:
-            async for chunk in self._reducer.reduced():
+            async for chunk in reducer.reduced():
+                if chunk.index == reducer.piece.middle:
+                    await failpoints.reach_async("results.half")
                 yield chunk.frame()
+            # The stream ends with this generator. Under a member that has yet to say its last word,
+            # that would fail its write, and a failed write costs it what it has not read yet.
+            await asyncio.wait({reading}, timeout=PATIENCE * self.plan.stall_s)
         finally:
             reading.cancel()
 
     async def _take(self, reducer: Reducer, sender: str, frames: AsyncIterator[bytes]) -> None:
-        contributors = {c.peer_id for c in self._plan.contributions}
-        piece = next(piece for piece in self._plan.slices if piece.reducer == self._me)
-        bounds = list(chunk_bounds(piece, self._plan.chunk_elements))
-        taken = 0
+        contributors = {c.peer_id for c in self.plan.contributions}
+        expected = reducer.piece.start
         try:
-            async with asyncio.timeout(self._plan.exchange_s):
+            async with asyncio.timeout(self.plan.exchange_s):
                 async for frame in frames:
                     header, payload = unpack_frame(frame)
-                    if sender not in contributors or taken == len(bounds) or header.chunk != taken:
+                    if (
+                        sender not in contributors
+                        or expected == reducer.piece.stop
+                        or header.chunk != expected
+                    ):
                         raise ProtocolViolation(sender, "sent a chunk that the plan does not have")
-                    start, stop = bounds[taken]
-                    await self._compute(self._codec.validate, payload, stop - start)
+                    elements = reducer.elements(expected)
+                    await self._compute(self._codec.validate, payload, elements)
                     await reducer.put(sender, payload)
-                    taken += 1
+                    expected += 1
         except (TimeoutError, ValueError, PeerError) as error:
-            logger.warning("butterfly.contributor_lost peer=%s chunks=%d %s", sender, taken, error)
+            done = expected - reducer.piece.start
+            logger.warning("butterfly.contributor_lost peer=%s chunks=%d %s", sender, done, error)
         finally:
-            if taken < len(bounds):
+            if expected < reducer.piece.stop:
                 reducer.drop(sender)
+
+    async def _feed(self, reducer: Reducer) -> None:
+        """My own contribution to my own slice takes the same way as everybody's."""
+        if self._values_N is None:
+            reducer.drop(self._me)
+            return
+        try:
+            for index in range(reducer.piece.start, reducer.piece.stop):
+                await reducer.put(self._me, await self._encode(index))
+        except NonFinite as error:
+            logger.error("butterfly.not_finite round=%d %s", self.plan.round, error)
+            reducer.drop(self._me)
+
+    # -- as holder ----------------------------------------------------------------------------
+
+    def frames(self, run: Run) -> Iterator[bytes]:
+        """For a member that missed them: these chunks, up to the first that is not here."""
+        for chunk in self._chunks[run.start : run.stop]:
+            if chunk is None:
+                return
+            yield chunk.frame()
 
     # -- as member ----------------------------------------------------------------------------
 
@@ -302,103 +274,176 @@ class Butterfly:
             The complete average.
 
         Raises:
-            ExchangeFailed: a reducer broke off, or the deadline passed.
+            ExchangeFailed: chunks are missing, and nothing more will come.
         """
-        results: dict[int, list[Chunk]] = {}
+        late = False
         try:
-            async with asyncio.timeout(self._plan.exchange_s), asyncio.TaskGroup() as tasks:
-                for number, piece in enumerate(self._plan.slices):
-                    results[number] = []
-                    tasks.create_task(self._part(number, piece, results[number]))
-        except TimeoutError as error:
-            waiting = {
+            async with asyncio.timeout(self.plan.exchange_s), asyncio.TaskGroup() as tasks:
+                for number, piece in enumerate(self.plan.slices):
+                    if piece.reducer in self._dropped:
+                        self._give_up(piece.reducer)
+                    else:
+                        part = tasks.create_task(self._part(number, piece))
+                        self._parts.append((piece.reducer, part))
+                for kept in self.plan.kept:
+                    tasks.create_task(self._collect(kept, kept.holders, self.plan.base))
+        except TimeoutError:
+            late = True
+        chunks = [chunk for chunk in self._chunks if chunk is not None]
+        if len(chunks) == len(self._chunks):
+            return await self._compute(Average, self.plan.codec, chunks)
+        lost = set(self._failures)
+        if late:
+            lost |= {
                 piece.reducer
-                for number, piece in enumerate(self._plan.slices)
-                if len(results.get(number, ())) < len(self._bounds(piece))
+                for piece in self.plan.slices
+                if None in self._chunks[piece.start : piece.stop]
             }
-            raise ExchangeFailed(
-                self._plan.round, tuple(sorted(waiting - {self._me})), "the deadline passed"
-            ) from error
-        if self._failures:
-            raise ExchangeFailed(
-                self._plan.round,
-                tuple(sorted(peer for peer in self._failures if peer != self._me)),
-                "; ".join(map(str, self._failures.values())),
-            )
-        chunks = [chunk for number in sorted(results) for chunk in results[number]]
-        return await self._compute(Average, self._plan.codec, chunks)
+        reasons = [str(error) for error in self._failures.values()]
+        if late:
+            reasons.append("the deadline passed")
+        missing = len(self._chunks) - len(chunks)
+        raise ExchangeFailed(
+            self.plan.round,
+            tuple(sorted(lost - {self._me})),
+            self.held,
+            f"{missing} of {len(self._chunks)} chunks are missing: {'; '.join(reasons)}",
+        )
 
-    @property
-    def lost(self) -> tuple[str, ...]:
-        """Contributors that my slice had to do without."""
-        return self._reducer.lost if self._reducer is not None else ()
-
-    def _bounds(self, piece: Slice) -> list[tuple[int, int]]:
-        return list(chunk_bounds(piece, self._plan.chunk_elements))
-
-    async def _feed(self, reducer: Reducer, piece: Slice) -> None:
-        """My own contribution to my own slice takes the same way as everybody's."""
-        if self._values_N is None:
-            reducer.drop(self._me)
-            return
-        try:
-            for start, stop in self._bounds(piece):
-                await reducer.put(self._me, await self._encode(start, stop))
-        except NonFinite as error:
-            logger.error("butterfly.not_finite round=%d %s", self._plan.round, error)
-            reducer.drop(self._me)
-
-    async def _part(self, number: int, piece: Slice, out: list[Chunk]) -> None:
+    async def _part(self, number: int, piece: Slice) -> None:
         """One slice; when its reducer fails, the other slices still get my contribution."""
         try:
-            if self._reducer is not None and piece.reducer == self._me:
-                async for chunk in self._reducer.reduced():
-                    out.append(chunk)
+            reducer = self._reducers.get(number)
+            if reducer is not None:
+                async for chunk in reducer.reduced():
+                    self._chunks[chunk.index] = chunk
             else:
-                await self._stream(number, piece, out)
+                await self._stream(number, piece)
         except (PeerError, RoundError, ValueError, ExceptionGroup) as caught:
             error = innermost(caught)
             if not isinstance(error, (PeerError, RoundError, ValueError)):
                 raise
             self._failures[piece.reducer] = error
 
-    async def _stream(self, number: int, piece: Slice, out: list[Chunk]) -> None:
-        deadline_s = self._plan.exchange_s
-        async with self._connect(piece.reducer) as stream, asyncio.TaskGroup() as tasks:
-            await stream.send(pack_frame(FrameHeader(plan=self._digest)), deadline_s)
-            tasks.create_task(self._send(stream, number, piece))
-            for index, (start, stop) in enumerate(self._bounds(piece)):
-                frame = await stream.receive(deadline_s)
+    async def _stream(self, number: int, piece: Slice) -> None:
+        patience_s = PATIENCE * self.plan.stall_s
+        async with (
+            self._network.connect(piece.reducer) as stream,
+            asyncio.TaskGroup() as tasks,
+        ):
+            opening = FrameHeader(plan=self.digest, slice=number)
+            await stream.send(pack_frame(opening), patience_s)
+            sending = tasks.create_task(self._send(stream, piece))
+            for index in range(piece.start, piece.stop):
+                frame = await stream.receive(patience_s)
                 if frame is None:
                     raise ProtocolViolation(piece.reducer, "ended its stream early")
-                chunk = Chunk.from_frame(frame)
-                if (chunk.slice, chunk.index, chunk.elements) != (number, index, stop - start):
-                    raise ProtocolViolation(piece.reducer, "sent a chunk out of order")
-                check_bits(self._plan, chunk.contributors)
-                await self._compute(self._codec.validate, chunk.payload, chunk.elements)
-                out.append(chunk)
+                self._chunks[index] = await self._checked(piece.reducer, frame, index)
+            # The last word comes last of all: gRPC fails a write that the stream's end overtakes,
+            # and then drops what was not read yet. Now there is nothing to drop.
+            if not sending.done():
+                await asyncio.wait({sending}, timeout=self.plan.stall_s)
+            if sending.done():
+                with contextlib.suppress(PeerError):
+                    await stream.done_sending(patience_s)
+            sending.cancel()  # the reducer has done without what it did not wait for
 
-    async def _send(self, stream: Stream, number: int, piece: Slice) -> None:
-        """Send my part of a slice; without values, or with broken ones, only end the stream.
+    async def _checked(self, peer: str, frame: bytes, index: int) -> Chunk:
+        """The reduced chunk in a frame, which must be this one."""
+        chunk = Chunk.from_frame(frame)
+        start, stop = self._span(index)
+        if (chunk.index, chunk.elements) != (index, stop - start):
+            raise ProtocolViolation(peer, "sent a chunk out of order")
+        check_bits(self.plan, chunk.contributors)
+        await self._compute(self._codec.validate, chunk.payload, chunk.elements)
+        return chunk
 
-        Whether the stream broke or only ended before my last word is for the receiving side to
+    async def _send(self, stream: Stream, piece: Slice) -> None:
+        """Send my part of a slice; with broken values, end it early.
+
+        Whether the stream broke or only ended before my last chunk is for the receiving side to
         tell, which knows if anything is missing.
         """
-        deadline_s = self._plan.exchange_s
+        patience_s = PATIENCE * self.plan.stall_s
         try:
             if self._values_N is not None:
-                for index, (start, stop) in enumerate(self._bounds(piece)):
-                    payload = await self._encode(start, stop)
-                    header = FrameHeader(slice=number, chunk=index, elements=stop - start)
-                    await stream.send(pack_frame(header, payload), deadline_s)
-            await stream.done_sending(deadline_s)
+                await failpoints.reach_async("send.begin")
+                for index in range(piece.start, piece.stop):
+                    if index == piece.middle:
+                        await failpoints.reach_async("send.half")
+                    payload = await self._encode(index)
+                    start, stop = self._span(index)
+                    header = FrameHeader(chunk=index, elements=stop - start)
+                    await stream.send(pack_frame(header, payload), patience_s)
         except NonFinite as error:
-            logger.error("butterfly.not_finite round=%d %s", self._plan.round, error)
+            logger.error("butterfly.not_finite round=%d %s", self.plan.round, error)
             with contextlib.suppress(PeerError):
-                await stream.done_sending(deadline_s)
+                await stream.done_sending(patience_s)
+        except failpoints.Disconnected:
+            raise
         except PeerError as error:
             logger.debug("butterfly.send_ended %s", error)
 
-    async def _encode(self, start: int, stop: int) -> memoryview:
-        assert self._values_N is not None
+    async def complete(self, holders: tuple[str, ...]) -> Average | None:
+        """Fetch what is missing from members who have it all; None if that fails."""
+        try:
+            async with asyncio.timeout(self.plan.exchange_s):
+                everything = Run(start=0, stop=self.plan.chunks)
+                await self._collect(everything, holders, self.digest)
+        except TimeoutError:
+            logger.warning("butterfly.not_completed round=%d", self.plan.round)
+        chunks = [chunk for chunk in self._chunks if chunk is not None]
+        if len(chunks) < len(self._chunks):
+            return None
+        return await self._compute(Average, self.plan.codec, chunks)
+
+    async def _collect(self, run: Run, holders: tuple[str, ...], plan: bytes) -> None:
+        """Fetch what only others got by a plan, a part of it from each of them."""
+        missing = [n for n in range(run.start, run.stop) if self._chunks[n] is None]
+        others = [peer for peer in holders if peer != self._me]
+        if not missing or not others:
+            return
+        # Members begin with different holders, and so do runs that are shorter than their number.
+        turn = (missing[0] + self.plan.receivers.index(self._me)) % len(others)
+        others = others[turn:] + others[:turn]
+        async with asyncio.TaskGroup() as tasks:
+            for piece in share(runs_of(missing), others):
+                at = others.index(piece.reducer)
+                tasks.create_task(self._collect_run(piece, others[at:] + others[:at], plan))
+
+    async def _collect_run(self, run: Run, holders: list[str], plan: bytes) -> None:
+        index = run.start
+        for holder in holders:
+            if holder in self._dropped:
+                continue
+            request = FetchChunks(plan=plan, start=index, stop=run.stop)
+            try:
+                async with self._network.fetch(holder, request, self.plan.stall_s) as frames:
+                    async for frame in frames:
+                        if index == run.stop:
+                            raise ProtocolViolation(holder, "sent more chunks than asked for")
+                        self._chunks[index] = await self._checked(holder, frame, index)
+                        index += 1
+            except (PeerError, ValueError) as error:
+                self._failures[holder] = error
+            if index == run.stop:
+                return
+
+    def _span(self, index: int) -> tuple[int, int]:
+        return chunk_span(index, self.plan.chunk_elements, self.plan.numel)
+
+    async def _encode(self, index: int) -> memoryview:
+        if self._values_N is None:  # released: this exchange is over
+            raise Unreachable(self._me, "takes part in it no longer")
+        start, stop = self._span(index)
         return await self._compute(self._codec.encode, self._values_N[start:stop])
+
+
+def _alike(base: Plan, plan: Plan) -> bool:
+    """Whether a chunk of the base is the same chunk in the plan that mends it."""
+    return (base.numel, base.chunk_elements, base.codec, base.contributions) == (
+        plan.numel,
+        plan.chunk_elements,
+        plan.codec,
+        plan.contributions,
+    )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+KEPT_CANDIDATES = 4
+"""States that a peer keeps beside its own until one of them is decided, the latest ones."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoundConfig:
@@ -13,9 +16,12 @@ class RoundConfig:
         start_peers: the first round begins when so many are there.
         rounds: the run ends after so many; 0 for no end.
         codec: what tensors are encoded as (`codecs`).
-        grace_s: how long stragglers may hold the others once a majority is ready.
+        quorum: share of the roster that must be ready before the others are stragglers.
+        grace_s: how long stragglers may hold the others then, at most; in short rounds it is a
+            quarter of what the quorum took.
         close_s: how long a straggler may take to hand in what it has when asked to.
-        exchange_s: deadline of one averaging.
+        exchange_s: longest deadline of one averaging; once one is done, the next has a few times
+            as long as that took.
         suspect_s: silence after which a leader is replaced or a lost peer loses its seat.
         provisional_s: how long more than half must be gone before the rest goes on without.
     """
@@ -23,6 +29,7 @@ class RoundConfig:
     start_peers: int = 1
     rounds: int = 0
     codec: str = "int4"
+    quorum: float = 0.5
     grace_s: float = 10.0
     close_s: float = 3.0
     exchange_s: float = 60.0
@@ -32,7 +39,7 @@ class RoundConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """What a plan needs to know about the vector: its length and how much of it is one chunk."""
+    """What a plan needs to know about the vector: its length and how much can be one chunk."""
 
     numel: int
-    chunk_elements: int
+    largest_chunk: int

@@ -6,13 +6,17 @@ does.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from dht.errors import RoundError, SwarmError
+
+logger = logging.getLogger(__name__)
 
 
 class SessionClosed(SwarmError):
@@ -76,6 +80,7 @@ class Handoff:
         self._taken: Assignment | None = None  # what the training thread works on
         self._pseudo_gradient_N: Tensor | None = None
         self._result: RoundResult | None = None
+        self._late: tuple[int, Tensor, int] | None = None  # round missed, (N,) float32, samples
         self._closed = False
 
     # -- the training thread ------------------------------------------------------------------
@@ -94,6 +99,10 @@ class Handoff:
     ) -> RoundResult:
         """Hand in the parameters trained from the last assignment; wait for the round's end.
 
+        Work that came too late for its round is not lost: it is averaged into that of the next one,
+        each weighted by its samples. Only the round before counts: older work was done for a model
+        that is gone.
+
         Args:
             local_N: (N,) float32, CPU.
             samples: trained on.
@@ -107,6 +116,16 @@ class Handoff:
         if work is None:
             raise SessionClosed("there is no work to submit")
         pseudo_gradient_N = work.theta_N - local_N
+        if not torch.isfinite(pseudo_gradient_N).all():
+            logger.error("handoff.not_finite round=%d: the work counts for nothing", work.round)
+            samples = 0
+        with self._changed:
+            late, self._late = self._late, None
+        if late is not None and late[0] == work.round - 1 and samples:
+            _, late_N, late_samples = late
+            total = samples + late_samples
+            pseudo_gradient_N.mul_(samples / total).add_(late_N.mul_(late_samples / total))
+            samples = total
         with self._changed:
             if not self._closed and work is self._assignment and not self._over(work.round):
                 self._pseudo_gradient_N = pseudo_gradient_N
@@ -115,7 +134,10 @@ class Handoff:
                 lambda: self._closed or work is not self._assignment or self._over(work.round)
             )
             if self._result is not None and self._over(work.round):
-                return replace(self._result, samples=samples)
+                result = replace(self._result, samples=samples)
+                if result.round == work.round and not result.included and samples:
+                    self._late = (work.round, pseudo_gradient_N, samples)
+                return result
             if self._closed:
                 raise SessionClosed("the session is over")
             raise RoundError(work.round, "the swarm went on from another state")
@@ -157,7 +179,7 @@ class Handoff:
         with self._changed:
             if self._assignment is not None:
                 self._assignment.closing.set()
-            self._assignment = self._pseudo_gradient_N = self._result = None
+            self._assignment = self._pseudo_gradient_N = self._result = self._late = None
             self._changed.notify_all()
 
     def close(self) -> None:

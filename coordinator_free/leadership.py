@@ -6,8 +6,11 @@ nothing either: what it proposes holds once a majority of the roster has signed 
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Protocol, TypeVar
 
 from coordinator_free import certificates, wire
@@ -19,6 +22,7 @@ from coordinator_free.messages import (
     Accepted,
     Certificate,
     Contribution,
+    Kept,
     Kind,
     Lead,
     Member,
@@ -30,14 +34,28 @@ from coordinator_free.messages import (
     Propose,
     Ready,
     Report,
+    Run,
     Signature,
 )
-from coordinator_free.partition import equal_slices
+from coordinator_free.partition import chunk_elements, runs_of, share
 
 K = TypeVar("K")
 
 BEAT_S = 1.0  # heartbeats, and the time after which an unanswered message is repeated
 JUDGE_MARGIN_S = 2.0  # members notice the deadline of an exchange before their leader does
+LOST_S = 1.5  # an exchange goes on without a member that cannot be reached for so long
+MAX_MENDS = 8  # of one plan; each leaves somebody out
+MAX_KEPT = 1024  # runs of chunks in a mend: who reports them one by one must not fill the message
+
+# The deadline of an exchange: a few times what the last one took. Below the floor a machine that is
+# busy for a moment would pass for a dead one; a mistake costs a mend, not the round.
+DEADLINE_SHARE = 4.0
+DEADLINE_FLOOR_S = 15.0
+STALLS = 5.0  # contributors may be silent for this part of it
+
+# Stragglers are asked for what they have when the quorum has waited for a quarter of its own time.
+GRACE_SHARE = 0.25
+GRACE_FLOOR_S = 0.5
 
 
 class Floor(Protocol):
@@ -47,6 +65,7 @@ class Floor(Protocol):
     run_id: str
     layout: Layout
     config: RoundConfig
+    pace_s: float | None
     head: Head
     membership: Membership
     check: Verify
@@ -58,6 +77,10 @@ class Floor(Protocol):
 
     def plausible(self, outcome: Outcome) -> bool:
         """Whether this outcome could follow on the current head."""
+        ...
+
+    def sound(self, plan: Plan) -> bool:
+        """Whether a leader of this height may have made this plan."""
         ...
 
     def send(self, to: str, message: Message) -> None:
@@ -88,11 +111,14 @@ class Leadership:
         self._readies: dict[str, Ready] = {}
         self._reports: dict[str, Report] = {}
         self._accepts: dict[str, Signature] = {}
-        self._majority_at: float | None = None
+        self._began = now
+        self._quorum_at: float | None = None
         self._closing_at: float | None = None
         self._plan: Plan | None = None
         self._plan_digest = NO_DIGEST
         self._judge_at = 0.0
+        self._awaited: set[str] = set()  # who takes part in the plan
+        self._lost: set[str] = set()  # of them
         self._proposal: Propose | None = None
         self._proposed_at = 0.0
         self._beat_at = now
@@ -107,6 +133,7 @@ class Leadership:
                 self._readies[sender] = message
             case Promise():
                 self._promises[sender] = message
+                self._join_in(sender, message)
             case Report() if message.plan == self._plan_digest:
                 self._reports[sender] = message
             case Accepted() if self._proposal is not None:
@@ -120,7 +147,7 @@ class Leadership:
 
     def advance(self, now: float) -> None:
         """Time passed."""
-        if now >= self._beat_at:
+        if self._missing_more(now) or now >= self._beat_at:
             self._beat(now)
         self._step(now)
 
@@ -141,15 +168,20 @@ class Leadership:
         machine = self._machine
         self._beat_at = now + BEAT_S
         height = machine.head.height
-        lead = Lead(height=height, ballot=self._ballot, closing=self._closing_at is not None)
-        for peer in machine.head.peers:
-            if peer != machine.me.peer_id:
-                machine.send(peer, lead)
+        lead = Lead(
+            height=height,
+            ballot=self._ballot,
+            closing=self._closing_at is not None,
+            lost=tuple(sorted(self._lost)),
+        )
+        machine.send_roster(lead)
         if self._proposal is not None:
-            self._tell(self._accepts, self._proposal)
+            # Who has accepted has the average as well; the first holders may be dead by now.
+            holders = {*self._proposal.holders, *self._accepts}
+            self._tell(self._accepts, replace(self._proposal, holders=tuple(sorted(holders))))
         elif not self._prepared:
             self._tell(self._promises, Prepare(height=height, ballot=self._ballot))
-        elif self._plan is not None:
+        elif self._plan is not None and self._plan.ballot == self._ballot:
             for peer in self._plan.receivers:
                 if peer not in self._reports:
                     machine.send(peer, self._plan)
@@ -178,20 +210,61 @@ class Leadership:
             return
         best = _largest(
             {
-                peer: (promise.report.plan, promise.report.vector_root, promise.report.state_root)
+                peer: (
+                    promise.report.plan,
+                    promise.report.vector_root,
+                    promise.report.state_root,
+                    promise.report.absent,
+                )
                 for peer, promise in self._promises.items()
                 if promise.report is not None and promise.report.complete
             }
         )
         if best is not None:
-            (digest, vector_root, state_root), holders = best
+            (digest, vector_root, state_root, absent), holders = best
             plan = self._promises[holders[0]].plan
             if (
                 plan is not None
                 and wire.plan_digest(plan) == digest
                 and plan.previous == machine.head.digest
             ):
-                self._propose_average(plan, vector_root, state_root, holders, now)
+                self._propose_average(plan, vector_root, state_root, absent, holders, now)
+                return
+        self._take_over(now)
+
+    def _take_over(self, now: float) -> None:
+        """Go on with the exchange that an earlier leader began, if there is one."""
+        plans = [
+            promise.plan
+            for promise in self._promises.values()
+            if promise.plan is not None and self._machine.sound(promise.plan)
+        ]
+        if not plans:
+            return
+        plan = max(plans, key=lambda plan: (plan.ballot, plan.attempt))
+        answered = [peer for peer in plan.receivers if peer in self._promises]
+        if 2 * sum(self._promises[peer].plan == plan for peer in answered) <= len(answered):
+            return  # its leader died before most had it: begin anew
+        self._follow(plan, now)
+        self._awaited.clear()
+        for peer, promise in self._promises.items():
+            self._join_in(peer, promise)
+
+    def _join_in(self, peer: str, promise: Promise) -> None:
+        """Somebody takes part in the plan that an earlier leader made."""
+        if promise.plan is not None and wire.plan_digest(promise.plan) == self._plan_digest:
+            self._awaited.add(peer)
+            if promise.report is not None and promise.report.plan == self._plan_digest:
+                self._reports[peer] = promise.report
+
+    def _follow(self, plan: Plan, now: float) -> None:
+        """Wait for the reports on this plan."""
+        self._plan = plan
+        self._plan_digest = wire.plan_digest(plan)
+        self._judge_at = now + plan.exchange_s + JUDGE_MARGIN_S
+        self._reports.clear()
+        self._awaited = set(plan.receivers)
+        self._lost.clear()
 
     def _collect(self, now: float) -> None:
         """Wait for work to be done; start at once when everybody is ready."""
@@ -207,10 +280,11 @@ class Leadership:
             self._start(ready, now)
         elif self._must_go(now):
             self._regroup(now)
-        elif len(ready) >= machine.head.majority:
-            self._majority_at = self._majority_at if self._majority_at is not None else now
+        elif len(ready) >= max(1, math.ceil(machine.config.quorum * len(machine.head.roster))):
+            self._quorum_at = self._quorum_at if self._quorum_at is not None else now
+            share = max(GRACE_FLOOR_S, GRACE_SHARE * (self._quorum_at - self._began))
             if self._closing_at is None:
-                if now - self._majority_at >= machine.config.grace_s:
+                if now - self._quorum_at >= min(machine.config.grace_s, share):
                     self._closing_at = now
                     self._beat(now)
             elif now - self._closing_at >= machine.config.close_s:
@@ -234,43 +308,110 @@ class Leadership:
             if self._readies[m.peer_id].samples > 0
         )
         reducers = [member.peer_id for member in seated if member.can_reduce]
+        if not any(member.can_reduce for member in machine.head.roster):
+            # Nobody here can average: to decide anything but on one who can would never end.
+            if any(member.can_reduce for member in machine.membership.joiners(now)):
+                self._regroup(now, admit=True)
+            return
         if not contributions or not reducers:
             self._regroup(now)  # everybody was closed before a first step: try again
             return
-        self._plan = Plan(
-            height=machine.head.height,
-            round=machine.head.round,
-            ballot=self._ballot,
-            previous=machine.head.digest,
-            receivers=tuple(member.peer_id for member in seated),
-            contributions=contributions,
-            slices=equal_slices(machine.layout.numel, reducers),
-            chunk_elements=machine.layout.chunk_elements,
-            codec=machine.config.codec,
-            exchange_s=machine.config.exchange_s,
+        layout, config = machine.layout, machine.config
+        elements = chunk_elements(layout.numel, len(reducers), layout.largest_chunk)
+        everything = Run(start=0, stop=-(-layout.numel // elements))
+        exchange_s = config.exchange_s
+        if machine.pace_s is not None:
+            exchange_s = min(exchange_s, max(DEADLINE_FLOOR_S, DEADLINE_SHARE * machine.pace_s))
+        self._send_plan(
+            Plan(
+                height=machine.head.height,
+                round=machine.head.round,
+                ballot=self._ballot,
+                attempt=0,
+                previous=machine.head.digest,
+                base=NO_DIGEST,
+                receivers=tuple(member.peer_id for member in seated),
+                contributions=contributions,
+                slices=share([everything], reducers),
+                kept=(),
+                numel=layout.numel,
+                chunk_elements=elements,
+                codec=config.codec,
+                exchange_s=exchange_s,
+                stall_s=exchange_s / STALLS,
+            ),
+            now,
         )
-        self._plan_digest = wire.plan_digest(self._plan)
-        self._judge_at = now + machine.config.exchange_s + JUDGE_MARGIN_S
-        for peer in self._plan.receivers:
-            machine.send(peer, self._plan)
+
+    def _send_plan(self, plan: Plan, now: float) -> None:
+        self._follow(plan, now)
+        for peer in plan.receivers:
+            self._machine.send(peer, plan)
+
+    def _missing_more(self, now: float) -> bool:
+        """Whether somebody whom the exchange waits for has fallen silent since the last look."""
+        members = self._machine.membership
+        # Also of those who have reported: others may still wait for them.
+        receivers = self._plan.receivers if self._plan is not None else ()
+        silent = {peer for peer in receivers if members.gone_for(peer, now) >= LOST_S}
+        more = not silent <= self._lost
+        self._lost |= silent
+        return more
 
     def _judge(self, plan: Plan, now: float) -> None:
         """Propose what came out as soon as a majority holds it, or when no more can come."""
         machine = self._machine
         best = _largest(
             {
-                peer: (report.vector_root, report.state_root)
+                peer: (report.vector_root, report.state_root, report.absent)
                 for peer, report in self._reports.items()
                 if report.complete
             }
         )
-        pending = set(plan.receivers) & set(machine.membership.live()) - self._reports.keys()
+        live = set(machine.membership.live()) - self._lost
+        pending = self._awaited & live - self._reports.keys()
         late = not pending or now >= self._judge_at
         if best is not None and (len(best[1]) >= machine.head.majority or late):
-            (vector_root, state_root), holders = best
-            self._propose_average(plan, vector_root, state_root, holders, now)
+            (vector_root, state_root, absent), holders = best
+            self._propose_average(plan, vector_root, state_root, absent, holders, now)
         elif late:
-            self._regroup(now, without=self._accused(plan))
+            self._mend(plan, now)
+
+    def _mend(self, plan: Plan, now: float) -> None:
+        """Nobody has everything: keep what somebody has, and average the rest once more.
+
+        One plan decides about every chunk which of its averages counts, as members may have got it
+        from a reducer that died before the others did, and a second one would sum up differently.
+        """
+        machine = self._machine
+        accused = self._accused(plan)
+        survivors = tuple(peer for peer in plan.receivers if peer not in accused | self._lost)
+        reducers = [m.peer_id for m in machine.head.roster if m.can_reduce]
+        reducers = [peer for peer in survivors if peer in reducers]
+        contributors = {c.peer_id for c in plan.contributions} & set(survivors)
+        kept = _kept(
+            plan.chunks, {p: self._reports[p].held for p in survivors if p in self._reports}
+        )
+        found = {chunk for run in kept for chunk in range(run.start, run.stop)}
+        missing = runs_of(chunk for chunk in range(plan.chunks) if chunk not in found)
+        hopeless = missing and not (reducers and contributors)
+        if not survivors or hopeless or plan.attempt >= MAX_MENDS:
+            # Where more than half are to blame, it is rather this leader's network.
+            few = len(accused) < machine.head.majority
+            self._regroup(now, without=accused if few else ())
+            return
+        self._send_plan(
+            replace(
+                plan,
+                ballot=self._ballot,
+                attempt=plan.attempt + 1,
+                base=self._plan_digest,
+                receivers=survivors,
+                slices=share(missing, reducers) if missing else (),
+                kept=kept,
+            ),
+            now,
+        )
 
     def _accused(self, plan: Plan) -> set[str]:
         """Members that more than half of those who reported say broke off, and the silent."""
@@ -279,6 +420,8 @@ class Leadership:
             for peer in report.lost:
                 blame[peer] += 1
         silent = set(plan.receivers) - self._reports.keys()
+        # Who takes part in this ballot and never had the plan is not to blame.
+        silent -= self._promises.keys() - self._awaited
         return silent | {peer for peer, count in blame.items() if 2 * count > len(self._reports)}
 
     def _count(self, proposal: Propose, now: float) -> None:
@@ -293,9 +436,18 @@ class Leadership:
                 signatures=tuple(self._accepts[peer] for peer in sorted(self._accepts)),
             )
             machine.commit(certificate, tuple(sorted(self._accepts)), now)
-        elif now - self._proposed_at > machine.config.exchange_s + machine.config.provisional_s:
+        elif (
+            now - self._proposed_at > machine.config.exchange_s + machine.config.provisional_s
+            or self._is_stranded(proposal, now)
+        ):
             # Those who hold the proposed bytes may have died before anyone else fetched them.
             machine.lead_again(now)
+
+    def _is_stranded(self, proposal: Propose, now: float) -> bool:
+        """Whether nobody is left who has the average that is proposed."""
+        holders = {*proposal.holders, *self._accepts}
+        gone = self._machine.membership.gone_for
+        return bool(proposal.holders) and all(gone(peer, now) >= LOST_S for peer in holders)
 
     # -- proposing ----------------------------------------------------------------------------
 
@@ -304,10 +456,12 @@ class Leadership:
         plan: Plan,
         vector_root: bytes,
         state_root: bytes,
+        absent: tuple[str, ...],
         holders: tuple[str, ...],
         now: float,
     ) -> None:
         head = self._machine.head
+        contributions = tuple(c for c in plan.contributions if c.peer_id not in absent)
         roster = self._machine.membership.next_roster(now)
         self._propose(
             Outcome(
@@ -318,15 +472,15 @@ class Leadership:
                 plan=wire.plan_digest(plan),
                 vector_root=vector_root,
                 state_root=state_root,
-                samples=head.samples + sum(c.samples for c in plan.contributions),
-                contributions=plan.contributions,
+                samples=head.samples + sum(c.samples for c in contributions),
+                contributions=contributions,
                 roster=roster or head.roster,
             ),
             holders,
             now,
         )
 
-    def _regroup(self, now: float, *, without: Iterable[str] = ()) -> None:
+    def _regroup(self, now: float, *, without: Iterable[str] = (), admit: bool = False) -> None:
         """Propose a roster for another attempt at the same round.
 
         Joiners are admitted only while no work has begun: those who train share out the round's
@@ -337,7 +491,7 @@ class Leadership:
         if all(members.leaving(peer) for peer in head.peers):
             return
         roster: tuple[Member, ...] = members.next_roster(
-            now, without=without, admit=self._machine.gathering
+            now, without=without, admit=admit or self._machine.gathering
         )
         self._propose(
             Outcome(
@@ -398,3 +552,20 @@ def _largest(votes: dict[str, K]) -> tuple[K, tuple[str, ...]] | None:
         return None
     value, peers = max(groups.items(), key=lambda group: len(group[1]))
     return value, tuple(sorted(peers))
+
+
+def _kept(chunks: int, held: dict[str, tuple[Run, ...]]) -> tuple[Kept, ...]:
+    """Who has which of so many chunks, as runs of chunks that the same peers have."""
+    holders: list[list[str]] = [[] for _ in range(chunks)]
+    for peer, runs in held.items():
+        for run in runs:
+            for chunk in range(run.start, min(run.stop, chunks)):
+                holders[chunk].append(peer)
+    kept = []
+    at = 0
+    for peers, same in itertools.groupby(holders):
+        start, at = at, at + len(list(same))
+        if peers:
+            kept.append(Kept(start=start, stop=at, holders=tuple(dict.fromkeys(peers))))
+    longest = sorted(kept, key=lambda run: run.start - run.stop)[:MAX_KEPT]
+    return tuple(sorted(longest, key=lambda run: run.start))

@@ -12,6 +12,7 @@ entered at h + b, so every round has another leader and nobody votes on who it i
     Plan         who averages what                             leader -> members
     (butterfly)  the tensors, among the members
     Report       the digests of what came out                  member -> leader
+    Plan         once more, if all miss something: a mend      leader -> members
     Propose      the outcome: digests, next roster             leader -> members
     Accepted     a signature under it                          member -> leader
     Commit       a majority's signatures: the certificate      leader -> all
@@ -31,6 +32,7 @@ lies about having been partitioned (docs/threat_model.md).
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 
 from blake3 import blake3
 
@@ -42,13 +44,14 @@ from coordinator_free.actions import (
     CloseWork,
     Fetch,
     Finished,
+    GoOnWithout,
     Left,
     Send,
     StartExchange,
     StartWork,
 )
 from coordinator_free.certificates import Head, Signer, Verify
-from coordinator_free.config import Layout, RoundConfig
+from coordinator_free.config import KEPT_CANDIDATES, Layout, RoundConfig
 from coordinator_free.leadership import BEAT_S, Leadership
 from coordinator_free.membership import Membership
 from coordinator_free.messages import (
@@ -71,10 +74,12 @@ from coordinator_free.messages import (
     Ready,
     Refused,
     Report,
+    Run,
 )
+from coordinator_free.partition import ALIGN_ELEMENTS
 
 BEHIND_S = 1.0  # how long a message from a later height may overtake the commit before it
-MAX_BALLOT = 2**63  # nobody gets there by taking turns
+KEPT_HEADS = 1024  # peer records in the directory are older than a round
 
 
 class Machine:
@@ -115,10 +120,13 @@ class Machine:
         self._left = False
         self._leadership: Leadership | None = None
         self._rounds = config.rounds
+        self._fetching: Outcome | None = None
+        self.pace_s: float | None = None  # what the last complete exchange took here
         self._worked: tuple[int, int] | None = None  # round, samples: done and not yet averaged
         self._working: int | None = None  # round that the trainer is busy with
         self.certificate = certificate
         self.head = Head.after(certificate)
+        self._passed: deque[bytes] = deque(maxlen=KEPT_HEADS)
         self.membership = Membership(me, self.head)
         self._early: dict[tuple[str, type], Message] = {}
         self._ahead: tuple[str, float] | None = None  # who sent something from a later height
@@ -162,30 +170,59 @@ class Machine:
         return self._drain(now)
 
     def exchange_done(
-        self, plan: bytes, vector_root: bytes, state_root: bytes, lost: tuple[str, ...], now: float
+        self,
+        plan: bytes,
+        vector_root: bytes,
+        state_root: bytes,
+        now: float,
+        *,
+        lost: tuple[str, ...] = (),
+        absent: tuple[str, ...] = (),
     ) -> list[Action]:
-        """The exchange of a plan ended here; the average is held and its state computed."""
-        if plan == self._plan_digest:
+        """The exchange of a plan ended here; the average is held and its state computed.
+
+        Args:
+            plan: its digest.
+            vector_root: of the average.
+            state_root: of the state that follows.
+            now: the time.
+            lost: contributors that my slices had to do without, from some chunk on.
+            absent: contributors that are in no chunk at all.
+        """
+        if plan == self._plan_digest and self._plan is not None:
+            if self._plan.attempt == 0:
+                self.pace_s = now - self._exchange_began
             self._exchanging = False
-            self._held.add((vector_root, state_root))
-            self._report_on(plan, True, vector_root, state_root, lost)
+            self._hold(vector_root, state_root)
+            self._report_on(plan, vector_root, state_root, lost, (), absent)
             self._data_arrived(now)
         return self._drain(now)
 
-    def exchange_failed(self, plan: bytes, lost: tuple[str, ...], now: float) -> list[Action]:
-        """The exchange of a plan came to nothing here; `lost` peers broke off."""
+    def exchange_failed(
+        self, plan: bytes, lost: tuple[str, ...], held: tuple[Run, ...], now: float
+    ) -> list[Action]:
+        """The exchange of a plan ended here with only `held` chunks; `lost` peers broke off."""
         if plan == self._plan_digest:
+            if self.pace_s is not None:
+                self.pace_s *= 2  # perhaps the network has become slower
             self._exchanging = False
-            self._report_on(plan, False, NO_DIGEST, NO_DIGEST, lost)
+            self._report_on(plan, NO_DIGEST, NO_DIGEST, lost, held, ())
             self._data_arrived(now)
         return self._drain(now)
+
+    def exchange_refused(self, plan: bytes, now: float) -> list[Action]:
+        """The average of a plan leads to no state that anybody should go to: train once more."""
+        if plan == self._plan_digest:
+            self._worked = (self.head.round, 0)
+        return self.exchange_failed(plan, (), (), now)
 
     def fetched(self, outcome: Outcome, held: bool, now: float) -> list[Action]:
         """A Fetch ended; `held` if its state matched the outcome's."""
         if outcome.height == self.head.height:
-            self._fetching = False
+            if outcome == self._fetching:
+                self._fetching = None
             if held:
-                self._held.add((outcome.vector_root, outcome.state_root))
+                self._hold(outcome.vector_root, outcome.state_root)
             self._data_arrived(now, retry=held)
         return self._drain(now)
 
@@ -218,7 +255,7 @@ class Machine:
 
     def install(self, certificate: Certificate, now: float) -> list[Action]:
         """Another, verified branch or a later height was downloaded whole: go on from there."""
-        if Head.after(certificate).rank > self.head.rank:
+        if self.yields_to(Head.after(certificate)):
             self._worked = self._working = None
             self._enter(certificate, now)
             if self._working is not None and self.head.kind == Kind.REGROUP:
@@ -228,6 +265,24 @@ class Machine:
         return self._drain(now)
 
     # -- what can be seen ---------------------------------------------------------------------
+
+    def yields_to(self, head: Head) -> bool:
+        """Whether this peer gives up where it stands for that head, which need not follow on it.
+
+        One who was cut off comes back with a roster of its own and, where no round was completed
+        meanwhile, with as many samples: the larger roster stays, whoever counts more heights. One
+        who has no seat here goes where it is given one, if that loses no samples.
+        """
+        if not self.is_member and self.me in head.roster:
+            return head.samples >= self.head.samples
+        if self.is_member and head.samples == self.head.samples:
+            theirs = (len(head.roster), head.height, head.digest)
+            return theirs > (len(self.head.roster), self.head.height, self.head.digest)
+        return head.rank > self.head.rank
+
+    def knows(self, head: bytes) -> bool:
+        """Whether this peer stands at that head, or passed it not long ago."""
+        return head in self._passed
 
     def takes(self, certificate: Certificate) -> bool:
         """Whether this certificate settles its height here, now or once its average is fetched."""
@@ -285,6 +340,7 @@ class Machine:
     def _enter(self, certificate: Certificate, now: float) -> None:
         self.certificate = certificate
         self.head = Head.after(certificate)
+        self._passed.append(self.head.digest)
         self.membership.enter(self.head)
         eligible = [m.peer_id for m in self.head.roster if m.can_reduce] or self.head.peers
         # One shuffled order for the run, entered one further at each height: a hash of the height
@@ -298,11 +354,12 @@ class Machine:
         self._plan: Plan | None = None
         self._plan_digest = NO_DIGEST
         self._exchanging = False
+        self._exchange_began: float = now
         self._report: Report | None = None
-        self._held: set[tuple[bytes, bytes]] = set()
+        self._held: dict[tuple[bytes, bytes], None] = {}
         self._proposal: Propose | None = None
         self._decided: Commit | None = None
-        self._fetching = False
+        self._fetching = None
         self._closed = False
         self._ahead = None
         self._repeat_at = now
@@ -341,6 +398,11 @@ class Machine:
                 self._left = True
                 self._leadership = None
                 self._out.append(Left())
+
+    @property
+    def _reachable(self) -> int:
+        """Nobody gets to a higher ballot than this by taking turns."""
+        return self.ballot + 4 * len(self._order)
 
     @property
     def _over(self) -> bool:
@@ -422,8 +484,8 @@ class Machine:
     def _on_ballot_message(self, sender: str, message: AtBallot | Plan, now: float) -> None:
         from_leader = sender == self._leader_of(message.ballot)
         for_me = self._leader_of(message.ballot) == self.me.peer_id
-        if message.ballot > self.ballot + 4 * len(self._order):
-            return  # nobody gets so far by taking turns
+        if message.ballot > self._reachable:
+            return
         match message:
             case Lead() | Prepare() | Plan() | Propose() if not from_leader:
                 return
@@ -440,21 +502,20 @@ class Machine:
                     self._to_ballot(message.ballot, now)
                 self._leader_heard = now
             case Refused() if for_me:
-                # Above MAX_BALLOT the next turns would run out of 64 bits.
-                if self._leadership is not None and self.ballot < message.promised <= MAX_BALLOT:
+                reached = self.ballot < message.promised <= self._reachable
+                if self._leadership is not None and reached:
                     self._to_ballot(message.promised, now)
                 return
             case _ if for_me and message.ballot > self.ballot:
                 # Somebody gave up on those before me.
                 self._to_ballot(message.ballot, now)
         match message:
-            case Lead(closing=True) if self._working is not None and not self._closed:
-                self._closed = True
-                self._out.append(CloseWork(round=self.head.round))
+            case Lead():
+                self._on_lead(message)
             case Prepare():
                 self._on_prepare(sender, message)
             case Plan():
-                self._on_plan(message)
+                self._on_plan(message, now)
             case Propose():
                 self._proposal = message
                 self._data_arrived(now)
@@ -462,6 +523,13 @@ class Machine:
                 leadership = self._leadership
                 if leadership is not None and message.ballot == self.ballot:
                     leadership.receive(sender, message, now)
+
+    def _on_lead(self, lead: Lead) -> None:
+        if lead.closing and self._working is not None and not self._closed:
+            self._closed = True
+            self._out.append(CloseWork(round=self.head.round))
+        if lead.lost and self._exchanging:
+            self._out.append(GoOnWithout(plan=self._plan_digest, peers=lead.lost))
 
     def _on_prepare(self, sender: str, message: Prepare) -> None:
         self._promised = message.ballot
@@ -473,51 +541,63 @@ class Machine:
                 ballot=message.ballot,
                 accepted_ballot=ballot,
                 accepted=outcome,
-                plan=self._plan if self._report is not None else None,
+                plan=self._plan,
                 report=self._report,
             ),
         )
 
-    def _on_plan(self, plan: Plan) -> None:
-        digest = wire.plan_digest(plan)
-        if digest == self._plan_digest:
-            return
+    def _on_plan(self, plan: Plan, now: float) -> None:
+        # The one before a mend may arrive again after it.
+        latest = (self._plan.ballot, self._plan.attempt) if self._plan is not None else (-1, 0)
         mine = next((c for c in plan.contributions if c.peer_id == self.me.peer_id), None)
         worked = self._worked[1] if self._worked is not None else 0
         if (
-            plan.previous != self.head.digest
-            or plan.round != self.head.round
-            or plan.numel != self.layout.numel
-            or plan.chunk_elements != self.layout.chunk_elements
-            or plan.exchange_s != self.config.exchange_s
-            or plan.codec != self.config.codec
-            or not set(plan.receivers) <= set(self.head.peers)
+            (plan.ballot, plan.attempt) <= latest
+            or not self.sound(plan)
             or self.me.peer_id not in plan.receivers
             or (mine is not None and mine.samples != worked)
         ):
             return
-        self._plan, self._plan_digest = plan, digest
+        self._plan, self._plan_digest = plan, wire.plan_digest(plan)
         self._report = None
         self._exchanging = True
-        self._out.append(StartExchange(plan=plan, digest=digest))
+        self._exchange_began = now
+        self._out.append(StartExchange(plan=plan, digest=self._plan_digest))
+
+    def sound(self, plan: Plan) -> bool:
+        """Whether a leader of this height may have made this plan."""
+        members = set(self.head.peers)
+        return (
+            (plan.height, plan.round) == (self.head.height, self.head.round)
+            and plan.previous == self.head.digest
+            and plan.numel == self.layout.numel
+            and plan.chunk_elements <= self.layout.largest_chunk
+            and plan.chunk_elements % ALIGN_ELEMENTS == 0
+            and plan.stall_s <= plan.exchange_s <= self.config.exchange_s
+            and plan.codec == self.config.codec
+            and members.issuperset(plan.receivers)
+            and members.issuperset(c.peer_id for c in plan.contributions)
+            and all(members.issuperset(kept.holders) for kept in plan.kept)
+        )
 
     # -- accepting and committing -------------------------------------------------------------
 
     def _data_arrived(self, now: float, *, retry: bool = True) -> None:
         """Accept what is proposed and commit what is decided, as far as the bytes are here."""
-        if self._proposal is not None and self.plausible(self._proposal.outcome):
+        if self._decided is not None:
+            # First: one fetch is under way at a time, and a proposal's holders may all be dead.
+            outcome = self._decided.certificate.outcome
+            if self._holds(outcome):
+                self._commit(self._decided.certificate, now)
+            elif retry:
+                self._obtain(outcome, self._decided.holders)
+        elif self._proposal is not None and self.plausible(self._proposal.outcome):
             proposal = self._proposal
             if self._holds(proposal.outcome):
                 self._proposal = None
                 self._accept(proposal)
             elif retry:
                 self._obtain(proposal.outcome, proposal.holders)
-        if self._decided is not None:
-            outcome = self._decided.certificate.outcome
-            if self._holds(outcome):
-                self._commit(self._decided.certificate, now)
-            elif retry:
-                self._obtain(outcome, self._decided.holders)
 
     def plausible(self, outcome: Outcome) -> bool:
         """Whether this outcome could follow on the current head."""
@@ -542,10 +622,19 @@ class Machine:
             return True
         return (outcome.vector_root, outcome.state_root) in self._held
 
+    def _hold(self, vector_root: bytes, state_root: bytes) -> None:
+        """This average is here and its state computed. The replica keeps as many (`config`)."""
+        self._held.pop((vector_root, state_root), None)
+        self._held[(vector_root, state_root)] = None
+        if len(self._held) > KEPT_CANDIDATES:
+            del self._held[next(iter(self._held))]
+
     def _obtain(self, outcome: Outcome, holders: tuple[str, ...]) -> None:
-        if self._fetching or (self._exchanging and outcome.plan == self._plan_digest):
+        if self._fetching == outcome:
             return
-        self._fetching = True
+        if self._exchanging and outcome.plan == self._plan_digest:
+            return
+        self._fetching = outcome
         others = tuple(peer for peer in holders if peer != self.me.peer_id)
         self._out.append(Fetch(outcome=outcome, holders=others or self._holders()))
 
@@ -662,32 +751,29 @@ class Machine:
             )
 
     def _report_on(
-        self, plan: bytes, complete: bool, vector: bytes, state: bytes, lost: tuple[str, ...]
+        self,
+        plan: bytes,
+        vector_root: bytes,
+        state_root: bytes,
+        lost: tuple[str, ...],
+        held: tuple[Run, ...],
+        absent: tuple[str, ...],
     ) -> None:
         self._report = Report(
             height=self.head.height,
             ballot=self.ballot,
             plan=plan,
-            complete=complete,
-            vector_root=vector,
-            state_root=state,
+            complete=vector_root != NO_DIGEST,
+            vector_root=vector_root,
+            state_root=state_root,
             lost=lost,
+            held=held,
+            absent=absent,
         )
         self._send_report(self._report)
 
     def _send_report(self, report: Report) -> None:
-        self.send(
-            self.leader,
-            Report(
-                height=report.height,
-                ballot=self.ballot,
-                plan=report.plan,
-                complete=report.complete,
-                vector_root=report.vector_root,
-                state_root=report.state_root,
-                lost=report.lost,
-            ),
-        )
+        self.send(self.leader, replace(report, ballot=self.ballot))
 
     def _repeat(self) -> None:
         """Say again what others may have missed; every message here can arrive twice."""

@@ -13,6 +13,7 @@ from coordinator_free.certificates import Head
 from coordinator_free.messages import MAX_MEMBERS, Join, Member
 
 JOIN_FRESH_S = 5.0  # joiners repeat their request every second
+MAX_STRAYS = 64  # lost members that are remembered, the latest
 JOIN_BEHIND = 3  # heights that a joiner may lag: averages kept by others let it catch up quickly
 
 
@@ -25,19 +26,27 @@ class Membership:
         self._leavers: set[str] = set()
         self._down: dict[str, float] = {}
         self._book: dict[str, Member] = {}
+        self._strays: dict[str, Member] = {}
         self.head = head
         self.enter(head)
 
     def enter(self, head: Head) -> None:
         """A height was decided: those who got in or out are no longer pending."""
         before = {member.peer_id: member.session for member in self.head.roster}
+        for member in self.head.roster:
+            if member.peer_id not in self._leavers and member.peer_id != self._me.peer_id:
+                self._strays[member.peer_id] = member
         self.head = head
         self._book.update({member.peer_id: member for member in head.roster})
         seated = {member.peer_id: member.session for member in head.roster}
+        for peer in list(self._strays):
+            if peer in seated or len(self._strays) > MAX_STRAYS:
+                del self._strays[peer]
+        # Of a peer that has just got its seat, any other session is older; a newer one asks again.
         self._joins = {
-            peer: (join, heard)
-            for peer, (join, heard) in self._joins.items()
-            if seated.get(peer) != join.member.session
+            peer: entry
+            for peer, entry in self._joins.items()
+            if peer not in seated or seated[peer] == before.get(peer) != entry[0].member.session
         }
         # A new session of somebody who asked to leave has come to stay.
         self._leavers = {p for p in self._leavers & set(seated) if seated[p] == before.get(p)}
@@ -50,6 +59,11 @@ class Membership:
     def member(self, peer_id: str) -> Member | None:
         """The last known seat and address of a peer, also of one that has just left."""
         return self._book.get(peer_id)
+
+    @property
+    def strays(self) -> tuple[Member, ...]:
+        """Those who were lost from the roster: dead, or on a branch of their own."""
+        return tuple(self._strays.values())
 
     def heard(self, peer_id: str) -> None:
         """Something authentic arrived from this peer, or it confirmed one of our messages."""

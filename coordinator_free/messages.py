@@ -8,6 +8,7 @@ business. `wire` turns them into bytes and back; the field names are those of `r
 from __future__ import annotations
 
 import enum
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -18,6 +19,10 @@ MAX_MEMBERS = 4096
 MAX_HOSTS = 16
 MAX_HOSTS_CHARACTERS = 512
 MAX_CERTIFICATES = 16
+MAX_CHUNKS = 2**20
+MAX_RUNS = 8192
+MAX_LEAVES = 64  # that one request names
+DIGESTS_A_FRAME = 1 << 15  # of leaves: 1 MiB
 U64_MAX = 2**64 - 1
 NO_DIGEST = bytes(DIGEST_BYTES)
 
@@ -108,67 +113,116 @@ class Contribution:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Slice:
-    """Elements [start, stop) of the vector and the peer that averages them."""
+class Run:
+    """Chunks [start, stop) of the vector."""
 
-    reducer: str
     start: int
     stop: int
 
     def __post_init__(self) -> None:
+        if not 0 <= self.start < self.stop <= MAX_CHUNKS:
+            raise ValueError(f"chunks {self.start}..{self.stop} are none or out of range")
+
+    @property
+    def middle(self) -> int:
+        """The chunk before which half of them come."""
+        return (self.start + self.stop) // 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Slice(Run):
+    """Chunks [start, stop) of the vector and the peer that averages them."""
+
+    reducer: str
+
+    def __post_init__(self) -> None:
+        Run.__post_init__(self)
         _peer("reducer", self.reducer)
-        if not 0 <= self.start < self.stop <= 2**48:
-            raise ValueError(f"slice {self.start}..{self.stop} is empty or out of range")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kept(Run):
+    """Chunks [start, stop) that were averaged by the base of a plan, and who has them."""
+
+    holders: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        Run.__post_init__(self)
+        _distinct("holders", self.holders)
+        if not self.holders:
+            raise ValueError("chunks are kept by nobody")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """Who averages what with whom in one attempt at a round. The leader's word, sent to all.
 
-    `contributions` is in roster order, which is the order of summation; `receivers` get the result
-    and may have nothing to contribute.
+    A plan with a `base` mends that one: chunks that somebody got from it are `kept` as they are,
+    the others are averaged again by new reducers. `contributions` is in roster order, which is the
+    order of summation, and stays the same in all mends; `receivers` get the result and may have
+    nothing to contribute.
+
+    Attributes:
+        attempt: 0, or one more than the base's.
+        chunk_elements: the vector is cut into chunks of so many elements; the last may be shorter.
+        exchange_s: deadline of the exchange.
+        stall_s: a contributor that is silent for so long is left out of what it did not deliver.
     """
 
     height: int
     round: int
     ballot: int
+    attempt: int
     previous: bytes
+    base: bytes
     receivers: tuple[str, ...]
     contributions: tuple[Contribution, ...]
     slices: tuple[Slice, ...]
+    kept: tuple[Kept, ...]
+    numel: int
     chunk_elements: int
     codec: str
     exchange_s: float
+    stall_s: float
 
     def __post_init__(self) -> None:
-        for name in ("height", "round", "ballot"):
+        for name in ("height", "round", "ballot", "attempt"):
             _natural(name, getattr(self, name))
-        _digest("previous", self.previous)
+        for name in ("previous", "base"):
+            _digest(name, getattr(self, name))
         _distinct("receivers", self.receivers)
         _distinct("contributions", tuple(c.peer_id for c in self.contributions))
-        _distinct("reducers", tuple(s.reducer for s in self.slices))
-        if not self.contributions or not self.slices:
-            raise ValueError("a plan needs contributions and slices")
-        if not set(c.peer_id for c in self.contributions) <= set(self.receivers):
+        if not self.contributions or not self.receivers:
+            raise ValueError("a plan needs contributions and receivers")
+        mends = self.base != NO_DIGEST
+        if mends != (self.attempt > 0) or (self.kept and not mends):
+            raise ValueError("only a mend keeps chunks, and it names its base")
+        if not mends and not {c.peer_id for c in self.contributions} <= set(self.receivers):
             raise ValueError("a plan contributes for peers that are not among its receivers")
-        if not set(s.reducer for s in self.slices) <= set(self.receivers):
+        if not {piece.reducer for piece in self.slices} <= set(self.receivers):
             raise ValueError("a plan names a reducer that is not among its receivers")
-        if self.slices[0].start != 0 or any(
-            left.stop != right.start
-            for left, right in zip(self.slices, self.slices[1:], strict=False)
-        ):
-            raise ValueError("the slices of a plan leave a gap or overlap")
-        if not 1 <= self.chunk_elements <= 2**26:
-            raise ValueError(f"{self.chunk_elements} elements a chunk are out of range")
+        if not 1 <= self.chunk_elements <= 2**26 or not 1 <= self.numel <= 2**48:
+            raise ValueError(f"{self.numel} elements in chunks of {self.chunk_elements}")
+        if len(self.slices) + len(self.kept) > MAX_RUNS:
+            raise ValueError("a plan in too many pieces")
+        at = 0
+        for run in sorted((*self.slices, *self.kept), key=lambda run: run.start):
+            if run.start != at:
+                raise ValueError("the slices of a plan leave a gap or overlap")
+            at = run.stop
+        if at != self.chunks:
+            raise ValueError(f"a plan covers {at} of {self.chunks} chunks")
         if not 1 <= len(self.codec) <= 32:
             raise ValueError("a plan needs a codec")
-        if not (math.isfinite(self.exchange_s) and 0 < self.exchange_s <= 86400):
-            raise ValueError(f"exchange_s {self.exchange_s} is out of range")
+        for name in ("exchange_s", "stall_s"):
+            seconds = getattr(self, name)
+            if not (math.isfinite(seconds) and 0 < seconds <= 86400):
+                raise ValueError(f"{name} {seconds} is out of range")
 
     @property
-    def numel(self) -> int:
-        """Length of the averaged vector."""
-        return self.slices[-1].stop
+    def chunks(self) -> int:
+        """How many chunks the vector has."""
+        return -(-self.numel // self.chunk_elements)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -243,9 +297,19 @@ class AtBallot:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lead(AtBallot):
-    """The leader's heartbeat; `closing` asks for what there is, without further steps."""
+    """The leader's heartbeat.
+
+    Attributes:
+        closing: hand in what there is, without further steps.
+        lost: members that the exchange under way goes on without.
+    """
 
     closing: bool
+    lost: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        AtBallot.__post_init__(self)
+        _distinct("lost", self.lost)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -269,24 +333,40 @@ class Prepare(AtBallot):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report(AtBallot):
-    """To the leader: the exchange of `plan` ended for me, and with what."""
+    """To the leader: the exchange of `plan` ended for me, and with what.
+
+    Attributes:
+        lost: peers that broke off or fell silent.
+        held: without a complete average: the chunks that are here, in ascending order.
+        absent: with one: contributors of the plan that are in none of its chunks.
+    """
 
     plan: bytes
     complete: bool
     vector_root: bytes
     state_root: bytes
     lost: tuple[str, ...]
+    held: tuple[Run, ...] = ()
+    absent: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         AtBallot.__post_init__(self)
         for name in ("plan", "vector_root", "state_root"):
             _digest(name, getattr(self, name))
         _distinct("lost", self.lost)
+        _distinct("absent", self.absent)
+        if len(self.held) > MAX_RUNS:
+            raise ValueError(f"{len(self.held)} runs of chunks are too many")
+        if any(a.stop > b.start for a, b in itertools.pairwise(self.held)):
+            raise ValueError("runs of chunks that overlap or go back")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Promise(AtBallot):
-    """Nothing under a lower ballot from me any more; this is what I accepted and hold so far."""
+    """Nothing under a lower ballot from me any more; this is what I accepted and hold so far.
+
+    `plan` is the one that I last took part in, `report` how that ended; none if it goes on still.
+    """
 
     accepted_ballot: int | None
     accepted: Outcome | None
@@ -417,12 +497,15 @@ Message = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FetchState:
-    """Send me parameters and momentum with this root."""
+    """Send me these leaves of the state with this root; without any, the digests of all leaves."""
 
     state_root: bytes
+    leaves: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _digest("state_root", self.state_root)
+        if len(self.leaves) > MAX_LEAVES or any(not 0 <= leaf < 2**32 for leaf in self.leaves):
+            raise ValueError(f"a request names 0 to {MAX_LEAVES} leaves")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -433,6 +516,22 @@ class FetchOutcome:
 
     def __post_init__(self) -> None:
         _digest("vector_root", self.vector_root)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FetchChunks(Run):
+    """Send me these chunks of what was averaged by this plan, as far as you have them."""
+
+    plan: bytes
+
+    def __post_init__(self) -> None:
+        Run.__post_init__(self)
+        _digest("plan", self.plan)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FetchChain:
+    """Send me the certificates that prove your newest one from the run's first one on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,7 +14,7 @@ from coordinator_free import wire
 from coordinator_free.contact import Contact
 from coordinator_free.messages import Message
 from coordinator_free.transport import Client
-from dht.errors import PeerError
+from dht.errors import Declined, PeerError
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +71,9 @@ class Outbox:
                     contact, message = await queue.get()
                 try:
                     await self._client.deliver(contact, wire.encode(message), self._deliver_s)
+                except Declined as error:
+                    # It is there, only too busy: to take that for a death would replace leaders.
+                    logger.debug("outbox.declined %s: %s", type(message).__name__, error)
                 except PeerError as error:
                     logger.debug("outbox.failed %s: %s", type(message).__name__, error)
                     while not queue.empty():

@@ -1,52 +1,79 @@
-"""Who reduces how much of the vector.
+"""How a vector is cut into chunks, and who reduces which of them.
 
-Today every reducer gets an equal share. The cut lies here, in one pure function, so that shares by
+Today every reducer gets an equal share. The cut lies here, in pure functions, so that shares by
 measured bandwidth replace it without touching the round.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from coordinator_free.messages import Slice
+from coordinator_free.messages import Run, Slice
 
-# Every codec's block length divides this, so a slice never splits a block.
+# Every codec's block length divides this, so a chunk never splits a block.
 ALIGN_ELEMENTS = 1024
 CHUNK_BYTES = 1 << 20  # one message: enough for a stream's full speed, little enough to overlap
+CHUNKS_EACH = 4  # at least, of each reducer: sending, summing and sending back overlap
 
 
-def equal_slices(numel: int, reducers: Sequence[str]) -> tuple[Slice, ...]:
-    """Cut a vector into one contiguous slice for each reducer.
-
-    Args:
-        numel: length of the vector, at least 1.
-        reducers: peer ids, in roster order. With more reducers than aligned pieces some get
-            nothing and are not named in the result.
-
-    Returns:
-        Slices in order, without gaps, that cover [0, numel); sizes differ by at most one aligned
-        piece.
-    """
-    pieces = -(-numel // ALIGN_ELEMENTS)
-    slices = []
-    for index, reducer in enumerate(reducers):
-        start = pieces * index // len(reducers) * ALIGN_ELEMENTS
-        stop = min(pieces * (index + 1) // len(reducers) * ALIGN_ELEMENTS, numel)
-        if start < stop:
-            slices.append(Slice(reducer=reducer, start=start, stop=stop))
-    return tuple(slices)
-
-
-def chunk_bounds(piece: Slice, chunk_elements: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of each chunk of a slice, in elements of the whole vector."""
-    for start in range(piece.start, piece.stop, chunk_elements):
-        yield start, min(start + chunk_elements, piece.stop)
-
-
-def chunk_elements(encoded_bytes: Callable[[int], int]) -> int:
+def largest_chunk(encoded_bytes: Callable[[int], int]) -> int:
     """Elements whose encoding is about `CHUNK_BYTES`, in whole aligned pieces.
 
     Args:
         encoded_bytes: the codec's, of a number of elements.
     """
     return max(1, CHUNK_BYTES // encoded_bytes(ALIGN_ELEMENTS)) * ALIGN_ELEMENTS
+
+
+def chunk_elements(numel: int, reducers: int, largest: int) -> int:
+    """The length of a chunk with which each reducer gets the same number of them.
+
+    Args:
+        numel: length of the vector, at least 1.
+        reducers: how many share it.
+        largest: no longer than this, a multiple of `ALIGN_ELEMENTS`.
+    """
+    each = max(CHUNKS_EACH, -(-numel // (largest * reducers)))
+    pieces = -(-numel // (ALIGN_ELEMENTS * reducers * each))
+    return min(largest, pieces * ALIGN_ELEMENTS)
+
+
+def chunk_span(index: int, elements: int, numel: int) -> tuple[int, int]:
+    """(start, stop) of a chunk, in elements of the whole vector."""
+    return index * elements, min((index + 1) * elements, numel)
+
+
+def share(runs: Iterable[Run], reducers: Sequence[str]) -> tuple[Slice, ...]:
+    """Divide runs of chunks among reducers, as evenly as whole chunks can be.
+
+    Args:
+        runs: without overlap, in order.
+        reducers: peer ids; with more of them than chunks some get nothing.
+
+    Returns:
+        Slices in the order of their chunks. A reducer has one, unless its share spans several runs.
+    """
+    runs = list(runs)
+    total = sum(run.stop - run.start for run in runs)
+    shares = [total * n // len(reducers) for n in range(len(reducers) + 1)]
+    slices: list[Slice] = []
+    before = 0  # chunks of the runs so far
+    for run in runs:
+        for reducer, first, last in zip(reducers, shares, shares[1:], strict=False):
+            start = max(run.start, run.start + first - before)
+            stop = min(run.stop, run.start + last - before)
+            if start < stop:
+                slices.append(Slice(start=start, stop=stop, reducer=reducer))
+        before += run.stop - run.start
+    return tuple(slices)
+
+
+def runs_of(chunks: Iterable[int]) -> tuple[Run, ...]:
+    """Chunk numbers in ascending order as runs."""
+    runs: list[list[int]] = []
+    for chunk in chunks:
+        if runs and runs[-1][1] == chunk:
+            runs[-1][1] += 1
+        else:
+            runs.append([chunk, chunk + 1])
+    return tuple(Run(start=start, stop=stop) for start, stop in runs)

@@ -9,6 +9,7 @@ deterministic protobuf encoding, which has no maps and no unknown fields here.
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
 import struct
 import types
@@ -21,7 +22,17 @@ from google.protobuf.message import DecodeError
 from google.protobuf.message import Message as Proto
 
 from coordinator_free import messages
-from coordinator_free.messages import FetchOutcome, FetchState, FrameHeader, Message, Outcome, Plan
+from coordinator_free.messages import (
+    Certificate,
+    FetchChain,
+    FetchChunks,
+    FetchOutcome,
+    FetchState,
+    FrameHeader,
+    Message,
+    Outcome,
+    Plan,
+)
 from coordinator_free.proto import rounds_pb2
 
 MAX_MESSAGE_BYTES = 1 << 20
@@ -45,9 +56,12 @@ _ENVELOPE = {
     "heads": messages.Heads,
 }
 _ENVELOPE_NAME = {kind: name for name, kind in _ENVELOPE.items()}
-_FETCH: dict[str, type[FetchState] | type[FetchOutcome]] = {
+FetchRequest = FetchState | FetchOutcome | FetchChunks | FetchChain
+_FETCH: dict[str, type[FetchRequest]] = {
     "state": FetchState,
     "outcome": FetchOutcome,
+    "chunks": FetchChunks,
+    "chain": FetchChain,
 }
 
 
@@ -77,7 +91,7 @@ def decode(raw: bytes) -> Message:
     return message
 
 
-def encode_fetch(request: FetchState | FetchOutcome) -> bytes:
+def encode_fetch(request: FetchRequest) -> bytes:
     """A fetch request as bytes."""
     proto = rounds_pb2.FetchRequest()
     name = next(name for name, kind in _FETCH.items() if isinstance(request, kind))
@@ -85,7 +99,7 @@ def encode_fetch(request: FetchState | FetchOutcome) -> bytes:
     return proto.SerializeToString(deterministic=True)
 
 
-def decode_fetch(raw: bytes) -> FetchState | FetchOutcome:
+def decode_fetch(raw: bytes) -> FetchRequest:
     """The request in these bytes.
 
     Raises:
@@ -93,8 +107,32 @@ def decode_fetch(raw: bytes) -> FetchState | FetchOutcome:
     """
     proto = rounds_pb2.FetchRequest()
     name = _parse(proto, raw, MAX_HEADER_BYTES, "request")
-    request: FetchState | FetchOutcome = _read(_FETCH[name], getattr(proto, name))
+    request: FetchRequest = _read(_FETCH[name], getattr(proto, name))
     return request
+
+
+def encode_certificate(certificate: Certificate) -> bytes:
+    """A certificate alone, as it lies in a chain."""
+    proto = rounds_pb2.Certificate()
+    _fill(proto, certificate)
+    return proto.SerializeToString(deterministic=True)
+
+
+def decode_certificate(raw: bytes) -> Certificate:
+    """The certificate in these bytes; neither its signatures nor its place are checked.
+
+    Raises:
+        ValueError: the bytes are not one well-formed certificate.
+    """
+    if len(raw) > MAX_MESSAGE_BYTES:
+        raise ValueError(f"a certificate of {len(raw)} bytes is over the limit")
+    proto = rounds_pb2.Certificate()
+    try:
+        proto.ParseFromString(raw)
+    except DecodeError as error:
+        raise ValueError(f"not a certificate: {error}") from error
+    certificate: Certificate = _read(Certificate, proto)
+    return certificate
 
 
 def pack_frame(header: FrameHeader, payload: bytes | memoryview = b"") -> bytes:
@@ -170,51 +208,71 @@ def _parse(proto: Proto, raw: bytes, limit: int, what: str) -> str:
     return str(name)
 
 
-def _fill(proto: Any, value: Any) -> None:
-    # A dataclass without set fields must still mark its place in a oneof.
-    proto.SetInParent()
-    for field in dataclasses.fields(value):
-        item = getattr(value, field.name)
-        if item is None:
-            continue
-        if dataclasses.is_dataclass(item):
-            _fill(getattr(proto, field.name), item)
-        elif isinstance(item, tuple):
-            repeated = getattr(proto, field.name)
-            for entry in item:
-                if dataclasses.is_dataclass(entry):
-                    _fill(repeated.add(), entry)
-                else:
-                    repeated.append(entry)
-        else:
-            setattr(proto, field.name, item)
+class _Shape(enum.Enum):
+    """How a field travels."""
+
+    VALUE = enum.auto()
+    MESSAGE = enum.auto()
+    VALUES = enum.auto()
+    MESSAGES = enum.auto()
 
 
 @functools.cache
-def _hints(kind: Any) -> dict[str, Any]:
+def _fields(kind: Any) -> tuple[tuple[str, _Shape, Any, bool], ...]:
+    """(name, shape, type of one, may be None) of each field; looked up once, as rounds wait."""
+    found = []
     hints = typing.get_type_hints(kind)
-    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+    for field in dataclasses.fields(kind):
+        hint = hints[field.name]
+        optional = typing.get_origin(hint) in (typing.Union, types.UnionType)
+        if optional:
+            hint = next(option for option in typing.get_args(hint) if option is not type(None))
+        many = typing.get_origin(hint) is tuple
+        one = typing.get_args(hint)[0] if many else hint
+        if dataclasses.is_dataclass(one):
+            shape = _Shape.MESSAGES if many else _Shape.MESSAGE
+        else:
+            shape = _Shape.VALUES if many else _Shape.VALUE
+        found.append((field.name, shape, one, optional))
+    return tuple(found)
+
+
+def _fill(proto: Any, value: Any) -> None:
+    # A dataclass without set fields must still mark its place in a oneof.
+    proto.SetInParent()
+    kind: Any = type(value)
+    for name, shape, _, _ in _fields(kind):
+        item = getattr(value, name)
+        if item is None:
+            continue
+        if shape is _Shape.VALUE:
+            setattr(proto, name, item)
+        elif shape is _Shape.MESSAGE:
+            _fill(getattr(proto, name), item)
+        elif shape is _Shape.VALUES:
+            getattr(proto, name).extend(item)
+        else:
+            repeated = getattr(proto, name)
+            for entry in item:
+                _fill(repeated.add(), entry)
 
 
 def _read(kind: Any, proto: Any) -> Any:
-    return kind(**{name: _value(hint, proto, name) for name, hint in _hints(kind).items()})
-
-
-def _value(hint: Any, proto: Any, name: str) -> Any:
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        if not proto.HasField(name):
-            return None
-        hint = next(option for option in typing.get_args(hint) if option is not type(None))
-    item = getattr(proto, name)
-    if typing.get_origin(hint) is tuple:
-        entry = typing.get_args(hint)[0]
-        if len(item) > messages.MAX_MEMBERS:
-            raise ValueError(f"{name} holds {len(item)} entries")
-        if dataclasses.is_dataclass(entry):
-            return tuple(_read(entry, one) for one in item)
-        return tuple(item)
-    if dataclasses.is_dataclass(hint):
-        if not proto.HasField(name):
-            raise ValueError(f"{name} is missing")
-        return _read(hint, item)
-    return hint(item)
+    values: dict[str, Any] = {}
+    for name, shape, one, optional in _fields(kind):
+        if optional and not proto.HasField(name):
+            values[name] = None
+            continue
+        item = getattr(proto, name)
+        if shape is _Shape.VALUE:
+            values[name] = one(item)
+        elif shape is _Shape.MESSAGE:
+            if not proto.HasField(name):
+                raise ValueError(f"{name} is missing")
+            values[name] = _read(one, item)
+        else:
+            if len(item) > messages.MAX_RUNS:
+                raise ValueError(f"{name} holds {len(item)} entries")
+            many = tuple(item) if shape is _Shape.VALUES else tuple(_read(one, e) for e in item)
+            values[name] = many
+    return kind(**values)

@@ -42,39 +42,67 @@ class Contribution(_message.Message):
     samples: int
     def __init__(self, peer_id: _Optional[str] = ..., samples: _Optional[int] = ...) -> None: ...
 
-class Slice(_message.Message):
-    __slots__ = ("reducer", "start", "stop")
-    REDUCER_FIELD_NUMBER: _ClassVar[int]
+class Run(_message.Message):
+    __slots__ = ("start", "stop")
     START_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
-    reducer: str
     start: int
     stop: int
-    def __init__(self, reducer: _Optional[str] = ..., start: _Optional[int] = ..., stop: _Optional[int] = ...) -> None: ...
+    def __init__(self, start: _Optional[int] = ..., stop: _Optional[int] = ...) -> None: ...
+
+class Slice(_message.Message):
+    __slots__ = ("start", "stop", "reducer")
+    START_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    REDUCER_FIELD_NUMBER: _ClassVar[int]
+    start: int
+    stop: int
+    reducer: str
+    def __init__(self, start: _Optional[int] = ..., stop: _Optional[int] = ..., reducer: _Optional[str] = ...) -> None: ...
+
+class Kept(_message.Message):
+    __slots__ = ("start", "stop", "holders")
+    START_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    HOLDERS_FIELD_NUMBER: _ClassVar[int]
+    start: int
+    stop: int
+    holders: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, start: _Optional[int] = ..., stop: _Optional[int] = ..., holders: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("height", "round", "ballot", "previous", "receivers", "contributions", "slices", "chunk_elements", "codec", "exchange_s")
+    __slots__ = ("height", "round", "ballot", "attempt", "previous", "base", "receivers", "contributions", "slices", "kept", "numel", "chunk_elements", "codec", "exchange_s", "stall_s")
     HEIGHT_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     BALLOT_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     PREVIOUS_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
     RECEIVERS_FIELD_NUMBER: _ClassVar[int]
     CONTRIBUTIONS_FIELD_NUMBER: _ClassVar[int]
     SLICES_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
+    NUMEL_FIELD_NUMBER: _ClassVar[int]
     CHUNK_ELEMENTS_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
     EXCHANGE_S_FIELD_NUMBER: _ClassVar[int]
+    STALL_S_FIELD_NUMBER: _ClassVar[int]
     height: int
     round: int
     ballot: int
+    attempt: int
     previous: bytes
+    base: bytes
     receivers: _containers.RepeatedScalarFieldContainer[str]
     contributions: _containers.RepeatedCompositeFieldContainer[Contribution]
     slices: _containers.RepeatedCompositeFieldContainer[Slice]
+    kept: _containers.RepeatedCompositeFieldContainer[Kept]
+    numel: int
     chunk_elements: int
     codec: str
     exchange_s: float
-    def __init__(self, height: _Optional[int] = ..., round: _Optional[int] = ..., ballot: _Optional[int] = ..., previous: _Optional[bytes] = ..., receivers: _Optional[_Iterable[str]] = ..., contributions: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ..., slices: _Optional[_Iterable[_Union[Slice, _Mapping]]] = ..., chunk_elements: _Optional[int] = ..., codec: _Optional[str] = ..., exchange_s: _Optional[float] = ...) -> None: ...
+    stall_s: float
+    def __init__(self, height: _Optional[int] = ..., round: _Optional[int] = ..., ballot: _Optional[int] = ..., attempt: _Optional[int] = ..., previous: _Optional[bytes] = ..., base: _Optional[bytes] = ..., receivers: _Optional[_Iterable[str]] = ..., contributions: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ..., slices: _Optional[_Iterable[_Union[Slice, _Mapping]]] = ..., kept: _Optional[_Iterable[_Union[Kept, _Mapping]]] = ..., numel: _Optional[int] = ..., chunk_elements: _Optional[int] = ..., codec: _Optional[str] = ..., exchange_s: _Optional[float] = ..., stall_s: _Optional[float] = ...) -> None: ...
 
 class Outcome(_message.Message):
     __slots__ = ("height", "round", "kind", "previous", "plan", "vector_root", "state_root", "samples", "contributions", "roster")
@@ -121,14 +149,16 @@ class Certificate(_message.Message):
     def __init__(self, outcome: _Optional[_Union[Outcome, _Mapping]] = ..., ballot: _Optional[int] = ..., provisional: _Optional[bool] = ..., signatures: _Optional[_Iterable[_Union[Signature, _Mapping]]] = ...) -> None: ...
 
 class Lead(_message.Message):
-    __slots__ = ("height", "ballot", "closing")
+    __slots__ = ("height", "ballot", "closing", "lost")
     HEIGHT_FIELD_NUMBER: _ClassVar[int]
     BALLOT_FIELD_NUMBER: _ClassVar[int]
     CLOSING_FIELD_NUMBER: _ClassVar[int]
+    LOST_FIELD_NUMBER: _ClassVar[int]
     height: int
     ballot: int
     closing: bool
-    def __init__(self, height: _Optional[int] = ..., ballot: _Optional[int] = ..., closing: _Optional[bool] = ...) -> None: ...
+    lost: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, height: _Optional[int] = ..., ballot: _Optional[int] = ..., closing: _Optional[bool] = ..., lost: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Ready(_message.Message):
     __slots__ = ("height", "ballot", "head", "samples")
@@ -167,7 +197,7 @@ class Promise(_message.Message):
     def __init__(self, height: _Optional[int] = ..., ballot: _Optional[int] = ..., accepted_ballot: _Optional[int] = ..., accepted: _Optional[_Union[Outcome, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., report: _Optional[_Union[Report, _Mapping]] = ...) -> None: ...
 
 class Report(_message.Message):
-    __slots__ = ("height", "ballot", "plan", "complete", "vector_root", "state_root", "lost")
+    __slots__ = ("height", "ballot", "plan", "complete", "vector_root", "state_root", "lost", "held", "absent")
     HEIGHT_FIELD_NUMBER: _ClassVar[int]
     BALLOT_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
@@ -175,6 +205,8 @@ class Report(_message.Message):
     VECTOR_ROOT_FIELD_NUMBER: _ClassVar[int]
     STATE_ROOT_FIELD_NUMBER: _ClassVar[int]
     LOST_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    ABSENT_FIELD_NUMBER: _ClassVar[int]
     height: int
     ballot: int
     plan: bytes
@@ -182,7 +214,9 @@ class Report(_message.Message):
     vector_root: bytes
     state_root: bytes
     lost: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, height: _Optional[int] = ..., ballot: _Optional[int] = ..., plan: _Optional[bytes] = ..., complete: _Optional[bool] = ..., vector_root: _Optional[bytes] = ..., state_root: _Optional[bytes] = ..., lost: _Optional[_Iterable[str]] = ...) -> None: ...
+    held: _containers.RepeatedCompositeFieldContainer[Run]
+    absent: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, height: _Optional[int] = ..., ballot: _Optional[int] = ..., plan: _Optional[bytes] = ..., complete: _Optional[bool] = ..., vector_root: _Optional[bytes] = ..., state_root: _Optional[bytes] = ..., lost: _Optional[_Iterable[str]] = ..., held: _Optional[_Iterable[_Union[Run, _Mapping]]] = ..., absent: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Propose(_message.Message):
     __slots__ = ("height", "ballot", "outcome", "holders")
@@ -285,10 +319,12 @@ class Envelope(_message.Message):
     def __init__(self, lead: _Optional[_Union[Lead, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., prepare: _Optional[_Union[Prepare, _Mapping]] = ..., promise: _Optional[_Union[Promise, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., report: _Optional[_Union[Report, _Mapping]] = ..., propose: _Optional[_Union[Propose, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., join: _Optional[_Union[Join, _Mapping]] = ..., leave: _Optional[_Union[Leave, _Mapping]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., heads: _Optional[_Union[Heads, _Mapping]] = ...) -> None: ...
 
 class FetchState(_message.Message):
-    __slots__ = ("state_root",)
+    __slots__ = ("state_root", "leaves")
     STATE_ROOT_FIELD_NUMBER: _ClassVar[int]
+    LEAVES_FIELD_NUMBER: _ClassVar[int]
     state_root: bytes
-    def __init__(self, state_root: _Optional[bytes] = ...) -> None: ...
+    leaves: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, state_root: _Optional[bytes] = ..., leaves: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class FetchOutcome(_message.Message):
     __slots__ = ("vector_root",)
@@ -296,13 +332,31 @@ class FetchOutcome(_message.Message):
     vector_root: bytes
     def __init__(self, vector_root: _Optional[bytes] = ...) -> None: ...
 
+class FetchChunks(_message.Message):
+    __slots__ = ("start", "stop", "plan")
+    START_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    start: int
+    stop: int
+    plan: bytes
+    def __init__(self, start: _Optional[int] = ..., stop: _Optional[int] = ..., plan: _Optional[bytes] = ...) -> None: ...
+
+class FetchChain(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class FetchRequest(_message.Message):
-    __slots__ = ("state", "outcome")
+    __slots__ = ("state", "outcome", "chunks", "chain")
     STATE_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    CHAIN_FIELD_NUMBER: _ClassVar[int]
     state: FetchState
     outcome: FetchOutcome
-    def __init__(self, state: _Optional[_Union[FetchState, _Mapping]] = ..., outcome: _Optional[_Union[FetchOutcome, _Mapping]] = ...) -> None: ...
+    chunks: FetchChunks
+    chain: FetchChain
+    def __init__(self, state: _Optional[_Union[FetchState, _Mapping]] = ..., outcome: _Optional[_Union[FetchOutcome, _Mapping]] = ..., chunks: _Optional[_Union[FetchChunks, _Mapping]] = ..., chain: _Optional[_Union[FetchChain, _Mapping]] = ...) -> None: ...
 
 class FrameHeader(_message.Message):
     __slots__ = ("plan", "slice", "chunk", "contributors", "codec", "elements", "part")

@@ -23,10 +23,10 @@ def work(round: int) -> Assignment:
     return Assignment(round=round, seat=0, seats=1, theta_N=THETA_N, closing=threading.Event())
 
 
-def result(round: int) -> RoundResult:
+def result(round: int, *, included: bool = True) -> RoundResult:
     return RoundResult(
         round=round,
-        included=True,
+        included=included,
         members=2,
         digest="ab",
         samples=0,
@@ -205,3 +205,42 @@ def test_only_the_round_under_way_can_be_closed(trainer: Trainer) -> None:
     assert not given.closing.is_set()
     handoff.close_work(4)
     assert given.closing.is_set()
+
+
+def test_work_that_missed_its_round_counts_in_the_next_by_its_samples(trainer: Trainer) -> None:
+    handoff = trainer.handoff
+    handoff.assign(work(4))
+    trainer.does(handoff.next).result(WAIT_S)
+    late = trainer.submits(samples=10)
+    handoff.resolve(result(4, included=False))
+    assert late.result(WAIT_S).samples == 10
+    trainer.submitted.clear()
+    handoff.assign(work(5))
+    trainer.does(handoff.next).result(WAIT_S)
+    twice_N = THETA_N + 3 * (LOCAL_N - THETA_N)
+    both = trainer.does(lambda: handoff.submit(twice_N, 30, trainer._notify))
+    assert trainer.submitted.wait(WAIT_S)
+    assert trainer.told[-1] == (5, 40)
+    # 30 samples of three times the change and 10 of once.
+    assert torch.allclose(handoff.pseudo_gradient(5), 2.5 * (THETA_N - LOCAL_N))
+    handoff.resolve(result(5))
+    assert both.result(WAIT_S).samples == 40
+
+
+@pytest.mark.parametrize("why", ["it counted", "a round passed", "another state", "no samples"])
+def test_only_work_that_missed_the_round_before_is_carried_over(trainer: Trainer, why: str) -> None:
+    handoff = trainer.handoff
+    handoff.assign(work(4))
+    trainer.does(handoff.next).result(WAIT_S)
+    first = trainer.submits(samples=0 if why == "no samples" else 10)
+    handoff.resolve(result(4, included=why == "it counted"))
+    first.result(WAIT_S)
+    if why == "another state":
+        handoff.restart()
+    trainer.submitted.clear()
+    round = 6 if why == "a round passed" else 5
+    handoff.assign(work(round))
+    trainer.does(handoff.next).result(WAIT_S)
+    trainer.submits(samples=30)
+    assert trainer.told[-1] == (round, 30)
+    assert torch.equal(handoff.pseudo_gradient(round), THETA_N - LOCAL_N)

@@ -11,6 +11,7 @@ from blake3 import blake3
 from coordinator_free import certificates, messages, wire
 from coordinator_free.certificates import ACCEPT_DOMAIN, Head, found, signed_text
 from coordinator_free.config import Layout, RoundConfig
+from coordinator_free.leadership import LOST_S
 from coordinator_free.machine import (
     BEHIND_S,
     Action,
@@ -19,6 +20,7 @@ from coordinator_free.machine import (
     CloseWork,
     Fetch,
     Finished,
+    GoOnWithout,
     Left,
     Machine,
     Send,
@@ -33,6 +35,7 @@ from coordinator_free.messages import (
     Commit,
     Contribution,
     Join,
+    Kept,
     Kind,
     Lead,
     Leave,
@@ -46,15 +49,17 @@ from coordinator_free.messages import (
     Ready,
     Refused,
     Report,
+    Run,
     Signature,
 )
-from coordinator_free.partition import equal_slices
+from coordinator_free.partition import runs_of, share
 from tests.sim.world import RUN, Key, check
 
 T = TypeVar("T")
 M = TypeVar("M")
 CONFIG = RoundConfig(codec="fp32")
-LAYOUT = Layout(numel=10_000, chunk_elements=1024)
+LAYOUT = Layout(numel=40_000, largest_chunk=1024)
+CHUNKS = 40
 HEIGHT, ROUND, SAMPLES = 4, 2, 500
 
 
@@ -142,7 +147,7 @@ class Rig:
 
     def exchanges(self, plan: Plan, outcome: Outcome) -> list[Action]:
         return self.machine.exchange_done(
-            wire.plan_digest(plan), outcome.vector_root, outcome.state_root, (), self.now
+            wire.plan_digest(plan), outcome.vector_root, outcome.state_root, self.now
         )
 
     # -- messages as correct peers would make them here
@@ -152,13 +157,18 @@ class Rig:
             height=HEIGHT,
             round=ROUND,
             ballot=ballot,
+            attempt=0,
             previous=self.head.digest,
+            base=NO_DIGEST,
             receivers=self.head.peers,
             contributions=tuple(Contribution(peer_id=peer, samples=10) for peer in self.head.peers),
-            slices=equal_slices(LAYOUT.numel, self.head.peers),
-            chunk_elements=LAYOUT.chunk_elements,
+            slices=share([Run(start=0, stop=CHUNKS)], self.head.peers),
+            kept=(),
+            numel=LAYOUT.numel,
+            chunk_elements=1024,
             codec="fp32",
             exchange_s=60.0,
+            stall_s=12.0,
         )
         return dataclasses.replace(plan, **changes)
 
@@ -392,19 +402,37 @@ def test_the_plan_follows_at_once_when_all_are_ready() -> None:
     ]
 
 
-def test_stragglers_are_asked_to_hand_in_and_then_left_behind() -> None:
+@pytest.mark.parametrize(("work_s", "grace_s"), [(0.5, 0.5), (20.0, 5.0), (100.0, 10.0)])
+def test_stragglers_are_asked_to_hand_in_and_then_left_behind(
+    work_s: float, grace_s: float
+) -> None:
     leader = Rig(L0)
     leader.works()
-    for peer in (L1, L2):
-        leader.hears(peer, leader.ready())
-    waiting = leader.passes(CONFIG.grace_s - 0.5)
+    leader.hears(L1, leader.ready())
+    waiting = leader.passes(work_s)  # two of five are no quorum
+    leader.hears(L2, leader.ready())
+    waiting += leader.passes(grace_s - 0.25)
     assert sent(Lead, waiting)
     assert not any(lead.closing for _, lead in sent(Lead, waiting))
-    closing = {to for to, lead in sent(Lead, leader.passes(1.0)) if lead.closing}
+    closing = {to for to, lead in sent(Lead, leader.passes(0.5)) if lead.closing}
     assert closing == set(FIVE) - {L0}
     plans = sent(Plan, leader.passes(CONFIG.close_s))
     assert {to for to, _ in plans} == {L1, L2}
     assert set(plans[0][1].receivers) == {L0, L1, L2}
+
+
+def test_one_of_two_is_quorum_enough_to_ask_the_other_for_what_it_has() -> None:
+    first, _ = order("ab")
+    leader = Rig(first, "ab")
+    leader.works()
+    assert any(lead.closing for _, lead in sent(Lead, leader.passes(1.5)))
+
+
+def test_a_leader_that_is_the_straggler_is_asked_as_well() -> None:
+    leader = Rig(L0)
+    for peer in (L1, L2, L3, L4):
+        leader.hears(peer, leader.ready())
+    assert of(CloseWork, leader.passes(1.5)) == [CloseWork(round=ROUND)]
 
 
 def test_a_straggler_hands_in_once_when_its_leader_asks() -> None:
@@ -462,29 +490,165 @@ def test_a_majority_with_one_result_is_proposed_signed_and_committed() -> None:
     assert leader.machine.head == Head.after(applied.certificate)
 
 
-def test_if_nobody_has_a_complete_average_the_accused_lose_their_seats() -> None:
-    leader = Rig(L0, config=dataclasses.replace(CONFIG, exchange_s=5.0))
+def averaging(me: str = L0, **config: Any) -> Rig:
+    """The leader of an exchange that is under way."""
+    leader = Rig(me, config=dataclasses.replace(CONFIG, **config))
     leader.works()
     for peer in (L1, L2, L3, L4):
         leader.hears(peer, leader.ready())
-    digest = wire.plan_digest(leader.plan(exchange_s=5.0))
-    leader.machine.exchange_failed(digest, (L4,), leader.now)
-    failed = Report(
+    assert leader.machine.phase == "averaging"
+    return leader
+
+
+def incomplete(plan: Plan, *held: int, lost: tuple[str, ...] = (), ballot: int = 0) -> Report:
+    return Report(
         height=HEIGHT,
-        ballot=0,
-        plan=digest,
+        ballot=ballot,
+        plan=wire.plan_digest(plan),
         complete=False,
         vector_root=NO_DIGEST,
         state_root=NO_DIGEST,
-        lost=(L4,),
+        lost=lost,
+        held=runs_of(held),
     )
-    for peer, lost in ((L1, (L4,)), (L2, (L4, L1)), (L3, ())):
-        leader.hears(peer, dataclasses.replace(failed, lost=lost))
-    proposals = sent(Propose, leader.passes(10.0))
-    outcome = proposals[0][1].outcome
+
+
+def test_a_dead_reducers_chunks_are_kept_where_somebody_has_them_and_shared_out_again() -> None:
+    leader = averaging()
+    plan = leader.plan()
+    dead = FIVE.index(L4)
+    rest = [n for n in range(CHUNKS) if n // 8 != dead]
+    leader.machine.exchange_failed(wire.plan_digest(plan), (L4,), runs_of(rest), leader.now)
+    leader.machine.undeliverable(L4, leader.now)
+    leader.hears(L1, incomplete(plan, *sorted([*rest, 8 * dead]), lost=(L4,)))
+    leader.hears(L2, incomplete(plan, *sorted([*rest, 8 * dead, 8 * dead + 1]), lost=(L4,)))
+    mends = sent(Plan, leader.hears(L3, incomplete(plan, *rest, lost=(L4,))))
+    assert {to for to, _ in mends} == {L1, L2, L3}
+    mend = mends[0][1]
+    assert (mend.attempt, mend.ballot, mend.base) == (1, 0, wire.plan_digest(plan))
+    assert set(mend.receivers) == set(FIVE) - {L4}
+    assert mend.contributions == plan.contributions  # chunks that are kept may have its part
+    holders = {n: set(k.holders) for k in mend.kept for n in range(k.start, k.stop)}
+    assert holders.keys() == {*rest, 8 * dead, 8 * dead + 1}
+    assert holders[8 * dead] == {L1, L2}
+    assert holders[8 * dead + 1] == {L2}
+    assert all(holders[n] == set(FIVE) - {L4} for n in rest)
+    again = [n for piece in mend.slices for n in range(piece.start, piece.stop)]
+    assert again == list(range(8 * dead + 2, 8 * dead + 8))
+    assert {piece.reducer for piece in mend.slices} == set(FIVE) - {L4}
+
+
+def test_a_member_follows_a_mend_and_never_goes_back() -> None:
+    member = Rig(L1)
+    member.works()
+    plan = member.plan()
+    member.hears(L0, plan)
+    held = runs_of(range(8, CHUNKS))
+    member.machine.exchange_failed(wire.plan_digest(plan), (L4,), held, member.now)
+    mend = dataclasses.replace(
+        plan,
+        attempt=1,
+        base=wire.plan_digest(plan),
+        slices=share([Run(start=0, stop=8)], (L1, L2)),
+        kept=(Kept(start=8, stop=CHUNKS, holders=(L1,)),),
+    )
+    assert [start.plan for start in of(StartExchange, member.hears(L0, mend))] == [mend]
+    assert member.hears(L0, plan) == []
+    assert member.hears(L0, mend) == []
+    outcome = member.average(plan=wire.plan_digest(mend))
+    assert sent(Report, member.exchanges(mend, outcome))[0][1].plan == wire.plan_digest(mend)
+
+
+def test_what_cannot_be_mended_is_tried_again_without_the_accused() -> None:
+    leader = averaging()
+    plan = leader.plan(contributions=(Contribution(peer_id=L4, samples=10),))
+    # Only L4 had anything to contribute, and it is gone.
+    leader = Rig(L0)
+    leader.machine.work_done(ROUND, 0, leader.now)
+    for peer in (L1, L2, L3, L4):
+        leader.hears(peer, leader.ready(samples=10 if peer == L4 else 0))
+    leader.machine.exchange_failed(wire.plan_digest(plan), (L4,), (), leader.now)
+    leader.machine.undeliverable(L4, leader.now)
+    for peer in (L1, L2):
+        leader.hears(peer, incomplete(plan, lost=(L4,)))
+    outcome = sent(Propose, leader.hears(L3, incomplete(plan, lost=(L4,))))[0][1].outcome
     assert outcome.kind == Kind.REGROUP
     assert {m.peer_id for m in outcome.roster} == set(FIVE) - {L4}
     assert outcome.state_root == leader.head.state_root
+
+
+def test_the_exchange_goes_on_without_a_member_that_cannot_be_reached() -> None:
+    leader = averaging()
+    leader.machine.undeliverable(L4, leader.now)
+    before = leader.passes(LOST_S - 0.25)
+    assert of(GoOnWithout, before) == []
+    now = leader.passes(0.25)
+    assert [lead.lost for _, lead in sent(Lead, now)] == [(L4,)] * 4  # without waiting for a beat
+    plan = wire.plan_digest(leader.plan())
+    assert of(GoOnWithout, now) == [GoOnWithout(plan=plan, peers=(L4,))]
+    member = Rig(L1)
+    member.works()
+    member.hears(L0, member.plan())
+    told = member.hears(L0, Lead(height=HEIGHT, ballot=0, closing=False, lost=(L4,)))
+    assert of(GoOnWithout, told) == [GoOnWithout(plan=plan, peers=(L4,))]
+
+
+def test_a_member_that_answers_again_is_not_given_up() -> None:
+    leader = averaging()
+    leader.machine.undeliverable(L4, leader.now)
+    leader.machine.delivered(L4)
+    assert not any(lead.lost for _, lead in sent(Lead, leader.passes(5.0)))
+
+
+@pytest.mark.parametrize(("took_s", "exchange_s"), [(1.0, 15.0), (10.0, 40.0), (59.0, 60.0)])
+def test_the_next_exchange_has_a_few_times_as_long_as_the_last_one_took(
+    took_s: float, exchange_s: float
+) -> None:
+    member = Rig(L1)
+    member.works()
+    member.hears(L0, member.plan())
+    member.passes(took_s)
+    outcome = member.average()
+    member.exchanges(member.plan(), outcome)
+    member.hears(L0, commit(signed(outcome, "abc")))
+    assert member.machine.leader == L1  # of the next height
+    member.works()
+    head = member.machine.head
+    for peer in set(FIVE) - {L1}:
+        ready = Ready(height=HEIGHT + 1, ballot=0, head=head.digest, samples=10)
+        actions = member.hears(peer, ready)
+    plan = sent(Plan, actions)[0][1]
+    assert plan.exchange_s == pytest.approx(exchange_s)
+    assert plan.stall_s == pytest.approx(exchange_s / 5)
+
+
+def test_a_proposal_whose_holders_are_gone_gives_way_to_another_turn() -> None:
+    leader = taken_over(1)
+    plan, outcome = leader.plan(), leader.average()
+    report = dataclasses.replace(
+        incomplete(plan),
+        complete=True,
+        vector_root=outcome.vector_root,
+        state_root=outcome.state_root,
+    )
+    leader.hears(L2, leader.promise(1, plan=plan, report=report))
+    assert sent(Propose, leader.hears(L3, leader.promise(1)))
+    leader.machine.undeliverable(L2, leader.now)
+    assert leader.machine.ballot == 1
+    leader.passes(LOST_S + 0.25)
+    assert leader.machine.ballot == 1 + len(FIVE)
+
+
+def test_what_is_decided_is_fetched_before_what_is_proposed() -> None:
+    """The holders of a proposal may be dead, and one fetch is under way at a time."""
+    member = Rig(L1)
+    lost, real = member.average(b"lost"), member.average(b"real")
+    fetches = of(Fetch, member.hears(L0, propose(lost, holders=(L4,))))
+    fetches += of(Fetch, member.hears(L2, commit(signed(real, "abc"), holders=(L2,))))
+    assert [fetch.outcome for fetch in fetches] == [lost, real]
+    member.machine.fetched(lost, False, member.now)  # it was given up for the other
+    assert of(Fetch, member.passes(1.25)) == []
+    assert of(Apply, member.machine.fetched(real, True, member.now))
 
 
 # -- taking over from a leader ----------------------------------------------------------------
@@ -536,6 +700,157 @@ def test_an_exchange_that_was_complete_is_taken_up() -> None:
     leader.hears(L2, leader.promise(1, plan=plan, report=report))
     actions = leader.hears(L3, leader.promise(1))
     assert sent(Propose, actions)[0][1] == propose(outcome, 1, (L2,))
+
+
+def test_an_exchange_that_is_under_way_is_taken_over_and_mended() -> None:
+    leader = taken_over(1)
+    plan = leader.plan()
+    leader.hears(L2, leader.promise(1, plan=plan))  # still at it
+    held = incomplete(plan, *range(8), lost=(L0,))
+    actions = leader.hears(L3, leader.promise(1, plan=plan, report=held))
+    assert sent(Plan, actions) == []
+    actions = leader.hears(L2, dataclasses.replace(held, ballot=1))
+    mend = sent(Plan, actions)[0][1]
+    # This leader never had the plan: it takes part now. L0 and L4 did not answer.
+    assert set(mend.receivers) == {L1, L2, L3}
+    assert (mend.ballot, mend.attempt, mend.base) == (1, 1, wire.plan_digest(plan))
+    assert [(k.start, k.stop, set(k.holders)) for k in mend.kept] == [(0, 8, {L2, L3})]
+
+
+def test_an_exchange_that_most_never_heard_of_begins_anew() -> None:
+    """Else the few who had the plan would average for all."""
+    leader = taken_over(1)
+    leader.works()
+    leader.hears(L2, leader.promise(1, plan=leader.plan()))
+    leader.hears(L3, leader.promise(1))
+    for peer in (L0, L2):
+        leader.hears(peer, leader.ready(1))
+    fresh = sent(Plan, leader.hears(L3, leader.ready(1)))[0][1]
+    assert fresh.attempt == 0
+    assert {c.peer_id for c in fresh.contributions} == set(FIVE)
+
+
+def test_a_leader_that_stopped_in_mid_exchange_is_waited_for_no_longer() -> None:
+    leader = taken_over(1)
+    plan = leader.plan()
+    for peer in (L2, L3):
+        leader.hears(peer, leader.promise(1, plan=plan))
+    leader.machine.undeliverable(L0, leader.now)
+    told = [lead.lost for _, lead in sent(Lead, leader.passes(LOST_S + 0.25))]
+    assert (L0,) in told
+
+
+def test_who_has_accepted_is_named_as_a_holder_too() -> None:
+    leader = taken_over(1)
+    plan, outcome = leader.plan(), leader.average()
+    report = dataclasses.replace(
+        incomplete(plan),
+        complete=True,
+        vector_root=outcome.vector_root,
+        state_root=outcome.state_root,
+    )
+    leader.hears(L2, leader.promise(1, plan=plan, report=report))
+    leader.hears(L3, leader.promise(1))
+    leader.machine.fetched(outcome, True, leader.now)  # the leader has it as well now
+    again = [p.holders for _, p in sent(Propose, leader.passes(1.25))]
+    assert again
+    assert set(again[-1]) == {L1, L2}
+
+
+def test_the_larger_roster_stays_where_no_round_tells_two_branches_apart() -> None:
+    """One who was cut off comes back alone, after as many samples and more heights."""
+    rig = Rig(L1)
+    alone = signed(rig.regroup(seat(L4), height=HEIGHT + 5), L4, provisional=True)
+    assert Head.after(alone).rank > rig.machine.head.rank
+    assert not rig.machine.yields_to(Head.after(alone))
+    assert rig.machine.install(alone, rig.now) == []
+    assert rig.machine.certificate == rig.certificate
+    more = signed(rig.average(roster=(seat(L4),)), L4, provisional=True)
+    assert rig.machine.yields_to(Head.after(more))  # it averaged a round, this one did not
+    outsider = Rig("x", session=2)
+    assert outsider.machine.yields_to(Head.after(alone))  # has no seat to lose
+    lower = rig.regroup(seat("x", session=2), height=HEIGHT - 3)
+    assert outsider.machine.yields_to(Head.after(signed(lower, L4)))  # and gets one there
+    fewer = dataclasses.replace(lower, samples=SAMPLES - 1)
+    assert not outsider.machine.yields_to(Head.after(signed(fewer, L4)))
+
+
+def test_contributors_that_are_in_no_chunk_are_not_in_the_outcome() -> None:
+    leader = averaging()
+    outcome = leader.average()
+    report = dataclasses.replace(
+        incomplete(leader.plan()),
+        complete=True,
+        vector_root=outcome.vector_root,
+        state_root=outcome.state_root,
+        absent=(L4,),
+    )
+    for peer in (L1, L2):
+        leader.hears(peer, report)
+    proposed = sent(Propose, leader.hears(L3, report))[0][1].outcome
+    assert {c.peer_id for c in proposed.contributions} == set(FIVE) - {L4}
+    assert proposed.samples == SAMPLES + 40
+
+
+def test_a_mend_in_which_nothing_is_missing_needs_no_reducer() -> None:
+    """All who reduce are gone, and those who are left have every chunk between them."""
+    order_of_two = order("".join(n for n in FIVE if n in (L0, L1)))
+    first = order_of_two[0]
+    leader = Rig(first, cannot_reduce="".join(set(FIVE) - {L0, L1}))
+    second = L1 if first == L0 else L0
+    clients = sorted(set(FIVE) - {first, second})
+    for peer in (second, *clients):  # the leader is late, and left out
+        leader.hears(peer, leader.ready())
+    plans = sent(Plan, leader.passes(5.0))
+    plan = plans[0][1]
+    assert first not in plan.receivers
+    leader.machine.undeliverable(second, leader.now)
+    half = plan.chunks // 2
+    report = dataclasses.replace(incomplete(plan), plan=wire.plan_digest(plan))
+    leader.hears(clients[0], dataclasses.replace(report, held=runs_of(range(half))))
+    leader.hears(clients[1], dataclasses.replace(report, held=runs_of(range(half, plan.chunks))))
+    leader.hears(clients[2], report)
+    mend = next(p for _, p in sent(Plan, leader.passes(3.0)) if p.attempt)
+    assert mend.slices == ()
+    assert set(mend.receivers) == set(clients)
+
+
+def test_a_roster_in_which_nobody_can_reduce_waits_for_one_who_can() -> None:
+    """To decide the same roster again and again took a simulated peer to height 30 000 at once."""
+    lone = Rig("a", "a", cannot_reduce="a")
+    assert sent(Propose, lone.works()) == []
+    assert lone.machine.head == lone.head
+    lone.passes(5.0)
+    assert lone.machine.head.height == HEIGHT
+    lone.hears("x", Join(member=seat("x", can_reduce=False), height=HEIGHT))
+    lone.passes(1.0)
+    assert lone.machine.head.height == HEIGHT
+    lone.hears("y", Join(member=seat("y"), height=HEIGHT))
+    lone.passes(1.0)
+    assert {m.peer_id for m in lone.machine.head.roster} == {"a", "x", "y"}
+    assert lone.machine.head.height == HEIGHT + 1
+
+
+def test_work_that_leads_nowhere_is_done_once_more() -> None:
+    member = Rig(L1)
+    member.works()
+    plan = member.plan()
+    member.hears(L0, plan)
+    refused = member.machine.exchange_refused(wire.plan_digest(plan), member.now)
+    assert not sent(Report, refused)[0][1].complete
+    actions = member.hears(L0, commit(signed(member.regroup(), "abc")))
+    assert [work.round for work in of(StartWork, actions)] == [ROUND]
+
+
+def test_a_plan_that_no_leader_here_made_is_not_taken_over() -> None:
+    leader = taken_over(1)
+    plan = leader.plan(numel=LAYOUT.numel - 1)
+    leader.hears(L2, leader.promise(1, plan=plan))
+    leader.works()
+    leader.hears(L3, leader.promise(1))
+    for peer in (L0, L2, L3):
+        actions = leader.hears(peer, leader.ready(1))
+    assert sent(Plan, actions)[0][1].attempt == 0
 
 
 def test_with_nothing_accepted_or_complete_the_round_starts_again() -> None:
@@ -609,10 +924,20 @@ def test_a_sound_plan_is_followed_once() -> None:
         {
             "receivers": tuple(p for p in FIVE if p != L1),
             "contributions": (Contribution(peer_id=L0, samples=10),),
-            "slices": equal_slices(LAYOUT.numel, (L0,)),
+            "slices": share([Run(start=0, stop=CHUNKS)], (L0,)),
         },
-        {"slices": equal_slices(LAYOUT.numel + 1, tuple(FIVE))},
-        {"slices": equal_slices(LAYOUT.numel - 1024, tuple(FIVE))},
+        {"numel": LAYOUT.numel - 1},
+        {"numel": LAYOUT.numel - 1024, "slices": share([Run(start=0, stop=39)], FIVE)},
+        {"chunk_elements": 2048, "slices": share([Run(start=0, stop=20)], FIVE)},
+        {"chunk_elements": 1001},
+        {"exchange_s": 60.1},
+        {"stall_s": 60.1},
+        {
+            "attempt": 1,
+            "base": blake3(b"base").digest(),
+            "slices": (),
+            "kept": (Kept(start=0, stop=CHUNKS, holders=("x",)),),
+        },
     ],
     ids=str,
 )
@@ -764,12 +1089,11 @@ def test_a_commit_that_the_roster_did_not_sign_changes_nothing(spoil: Any) -> No
 def test_a_majoritys_word_replaces_a_provisional_one_and_never_the_reverse() -> None:
     member = Rig(L1)
     alone, real = member.average(b"alone"), member.average(b"real")
-    provisional = signed(alone, L4, provisional=True)
-    member.hears(L4, commit(provisional, holders=(L4,)))
-    member.hears(L0, commit(signed(real, "abc"), holders=(L0,)))
-    member.hears(L4, commit(provisional, holders=(L4,)))
-    member.machine.fetched(alone, False, member.now)
-    assert [f.outcome for f in of(Fetch, member.passes(1.25))] == [real]
+    provisional = signed(alone, "".join(sorted((L1, L4))), provisional=True)
+    fetches = of(Fetch, member.hears(L4, commit(provisional, holders=(L4,))))
+    fetches += of(Fetch, member.hears(L0, commit(signed(real, "abc"), holders=(L0,))))
+    fetches += of(Fetch, member.hears(L4, commit(provisional, holders=(L4,))))
+    assert [fetch.outcome for fetch in fetches] == [alone, real]
     assert of(Apply, member.machine.fetched(alone, True, member.now)) == []
     actions = member.machine.fetched(real, True, member.now)
     assert of(Apply, actions) == [Apply(certificate=signed(real, "abc"))]

@@ -160,3 +160,22 @@ def test_the_book_forgets_those_without_a_seat_first(monkeypatch: pytest.MonkeyP
     members.enter(head(A, C, D, height=11))
     assert members.member("b") is None
     assert members.member("d") == D
+
+
+def test_who_is_lost_is_remembered_until_it_is_back_and_who_left_is_not(
+    of_three: Membership, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert of_three.strays == ()
+    of_three.leave("c")
+    of_three.enter(head(A, height=11))
+    assert of_three.strays == (B,)
+    of_three.enter(head(A, D, height=12))
+    assert of_three.strays == (B,)
+    of_three.enter(head(A, B, height=13))
+    assert of_three.strays == (D,)
+    monkeypatch.setattr(membership, "MAX_STRAYS", 3)
+    for number in range(6):
+        of_three.enter(head(A, seat(f"x{number}"), height=14 + 2 * number))
+        of_three.enter(head(A, height=15 + 2 * number))
+    assert len(of_three.strays) <= 3
+    assert of_three.strays[-1].peer_id == "x5"

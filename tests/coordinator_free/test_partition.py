@@ -6,60 +6,80 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator_free.codecs import codec
-from coordinator_free.messages import Slice
+from coordinator_free.messages import Run, Slice
 from coordinator_free.partition import (
     ALIGN_ELEMENTS,
     CHUNK_BYTES,
-    chunk_bounds,
+    CHUNKS_EACH,
     chunk_elements,
-    equal_slices,
+    chunk_span,
+    largest_chunk,
+    runs_of,
+    share,
 )
+
+runs = st.sets(st.integers(0, 200), min_size=1).map(lambda chunks: runs_of(sorted(chunks)))
+
+
+@settings(deadline=None)
+@given(runs, st.lists(st.text("abc", min_size=1), min_size=1, max_size=40, unique=True))
+def test_slices_cover_the_runs_once_and_evenly(runs: tuple[Run, ...], reducers: list[str]) -> None:
+    slices = share(runs, reducers)
+    cut = [chunk for piece in slices for chunk in range(piece.start, piece.stop)]
+    assert cut == [chunk for run in runs for chunk in range(run.start, run.stop)]
+    shares = [sum(p.stop - p.start for p in slices if p.reducer == name) for name in reducers]
+    assert max(shares) - min(shares) <= 1
+    turns = [name for name, _ in itertools.groupby(piece.reducer for piece in slices)]
+    assert len(turns) == len(set(turns))  # what one peer reduces is as connected as can be
+
+
+def test_a_cut_as_it_has_always_been() -> None:
+    # Peers of two versions must cut alike.
+    assert share([Run(start=0, stop=10)], ("a", "b", "c")) == (
+        Slice(reducer="a", start=0, stop=3),
+        Slice(reducer="b", start=3, stop=6),
+        Slice(reducer="c", start=6, stop=10),
+    )
+    assert share([Run(start=2, stop=4), Run(start=7, stop=9)], ("a", "b")) == (
+        Slice(reducer="a", start=2, stop=4),
+        Slice(reducer="b", start=7, stop=9),
+    )
+    assert chunk_elements(10_000, 3, 1 << 18) == 1024
+    assert chunk_elements(16_000_000, 5, 1 << 18) == 246_784
+
+
+@given(st.sets(st.integers(0, 1000)))
+def test_runs_are_the_chunks_that_they_were_made_of(chunks: set[int]) -> None:
+    runs = runs_of(sorted(chunks))
+    assert [n for run in runs for n in range(run.start, run.stop)] == sorted(chunks)
+    assert all(a.stop < b.start for a, b in itertools.pairwise(runs))
 
 
 @settings(deadline=None)
 @given(
     st.integers(1, 10**9) | st.integers(1, 20 * ALIGN_ELEMENTS),
-    st.lists(st.text("abc", min_size=1), min_size=1, max_size=40, unique=True),
+    st.integers(1, 100),
+    st.integers(1, 2000).map(lambda n: n * ALIGN_ELEMENTS),
 )
-def test_slices_cover_the_vector_once_and_evenly(numel: int, reducers: list[str]) -> None:
-    slices = equal_slices(numel, reducers)
-    assert slices[0].start == 0
-    assert slices[-1].stop == numel
-    assert all(a.stop == b.start for a, b in itertools.pairwise(slices))
-    named = [piece.reducer for piece in slices]
-    assert named == [reducer for reducer in reducers if reducer in named]
-    assert all(piece.start % ALIGN_ELEMENTS == 0 for piece in slices)
-    pieces = [-(-(piece.stop - piece.start) // ALIGN_ELEMENTS) for piece in slices]
-    pieces += [0] * (len(reducers) - len(slices))
-    assert max(pieces) - min(pieces) <= 1
+def test_chunks_fill_a_vector_and_give_each_reducer_several(
+    numel: int, reducers: int, largest: int
+) -> None:
+    elements = chunk_elements(numel, reducers, largest)
+    assert elements % ALIGN_ELEMENTS == 0
+    assert 0 < elements <= largest
+    chunks = -(-numel // elements)
+    assert chunk_span(0, elements, numel)[0] == 0
+    assert chunk_span(chunks - 1, elements, numel)[1] == numel
+    if elements > ALIGN_ELEMENTS:
+        # Rounding a chunk's length up to whole pieces leaves the last reducer a little less.
+        assert chunks > reducers * CHUNKS_EACH // 2
 
 
-def test_a_cut_as_it_has_always_been() -> None:
-    # Peers of two versions must cut alike.
-    assert equal_slices(10_000, ("a", "b", "c")) == (
-        Slice(reducer="a", start=0, stop=3072),
-        Slice(reducer="b", start=3072, stop=6144),
-        Slice(reducer="c", start=6144, stop=10_000),
-    )
-
-
-@settings(deadline=None)
-@given(st.integers(0, 10**6), st.integers(1, 10**5), st.integers(1, 3000).map(lambda n: n * 97))
-def test_chunks_cover_a_slice_once(start: int, length: int, size: int) -> None:
-    piece = Slice(reducer="a", start=start, stop=start + length)
-    bounds = list(chunk_bounds(piece, size))
-    assert bounds[0][0] == piece.start
-    assert bounds[-1][1] == piece.stop
-    assert all(a[1] == b[0] for a, b in itertools.pairwise(bounds))
-    assert all(stop - begin == size for begin, stop in bounds[:-1])
-    assert 0 < bounds[-1][1] - bounds[-1][0] <= size
-
-
-def test_chunks_are_about_one_message_and_never_split_a_block() -> None:
+def test_chunks_are_at_most_one_message_and_never_split_a_block() -> None:
     for name in ("fp32", "bf16", "int8", "int4"):
         coding = codec(name)
-        size = chunk_elements(coding.encoded_bytes)
+        size = largest_chunk(coding.encoded_bytes)
         assert size % ALIGN_ELEMENTS == 0
         assert ALIGN_ELEMENTS % coding.block == 0
         assert 0.99 * CHUNK_BYTES <= coding.encoded_bytes(size) <= CHUNK_BYTES
-    assert chunk_elements(lambda n: 10**9 * n) == ALIGN_ELEMENTS
+    assert largest_chunk(lambda n: 10**9 * n) == ALIGN_ELEMENTS

@@ -1,0 +1,171 @@
+"""The reducing half of a butterfly: one slice, everybody's contributions in, its average out.
+
+A chunk is summed as soon as all contributions to it are there, in the plan's order so that anybody
+can reproduce the bytes, encoded once, and those bytes go to everybody, this peer included.
+
+Guarantees: a contributor that breaks off or stalls is left out of what it did not deliver, and the
+chunk says so; memory is bounded by the slice and `WINDOW` chunks per contributor. Not guaranteed:
+that a reducer averages honestly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+
+import torch
+
+from coordinator_free import failpoints
+from coordinator_free.average import Chunk, contributor_bits
+from coordinator_free.codecs import codec
+from coordinator_free.messages import Plan, Slice
+from coordinator_free.partition import chunk_span
+from dht.errors import RoundError
+
+logger = logging.getLogger(__name__)
+
+PAUSE_S = 1.0  # a time-out that is noticed so late was noticed by a process that stood still
+WINDOW = 4  # chunks of one contributor that wait for those of the others
+
+
+class Reducer:
+    """Averages one slice: contributions in, in any order; reduced chunks out, in order.
+
+    Args:
+        plan: that the slice belongs to.
+        piece: which chunks.
+        compute: runs what takes longer than a moment.
+    """
+
+    def __init__(
+        self, plan: Plan, piece: Slice, compute: Callable[..., asyncio.Future[None]]
+    ) -> None:
+        self.piece = piece
+        self._plan = plan
+        self._compute = compute
+        self._codec = codec(plan.codec)
+        self._queues: dict[str, asyncio.Queue[bytes | memoryview | None]] = {
+            c.peer_id: asyncio.Queue(WINDOW) for c in plan.contributions
+        }
+        # A mend names all contributions of its base, also of those who are gone.
+        self._lost = self._queues.keys() - set(plan.receivers)
+        self._reduced: list[Chunk] = []
+        self._aborted = False
+        self._news = asyncio.Condition()
+
+    @property
+    def lost(self) -> frozenset[str]:
+        """Contributors that did not deliver everything."""
+        return frozenset(self._lost)
+
+    def elements(self, index: int) -> int:
+        """The length of a chunk of the plan."""
+        start, stop = chunk_span(index, self._plan.chunk_elements, self._plan.numel)
+        return stop - start
+
+    async def put(self, peer: str, payload: bytes | memoryview) -> None:
+        """The next chunk of a contributor; waits while it is too far ahead of the others."""
+        if peer not in self._lost:
+            await self._queues[peer].put(payload)
+
+    def drop(self, peer: str) -> None:
+        """Nothing more comes from this contributor."""
+        queue = self._queues.get(peer)
+        if queue is not None and peer not in self._lost:
+            self._lost.add(peer)
+            # Wakes whoever waits on an empty queue; a full one holds chunks that still count.
+            if queue.empty():
+                queue.put_nowait(None)
+
+    async def run(self) -> None:
+        """Reduce every chunk.
+
+        Raises:
+            RoundError: a chunk got no contribution at all.
+        """
+        loop = asyncio.get_running_loop()
+        await failpoints.reach_async("reduce.begin")
+        for index in range(self.piece.start, self.piece.stop):
+            if index == self.piece.middle:
+                await failpoints.reach_async("reduce.half")
+            payloads = {}
+            # One clock for all: contributors that stall together must not add up to the deadline.
+            until = loop.time() + self._plan.stall_s
+            for contribution in self._plan.contributions:
+                payload = await self._next(contribution.peer_id, until)
+                if payload is None and loop.time() > until + PAUSE_S:
+                    # This process stood still, not the others: what they sent waits in its sockets.
+                    until = loop.time() + self._plan.stall_s
+                    payload = await self._next(contribution.peer_id, until)
+                if payload is not None:
+                    payloads[contribution.peer_id] = payload
+                else:
+                    self._leave_out(contribution.peer_id)
+            if not payloads:
+                raise RoundError(self._plan.round, f"nobody contributed to chunk {index}")
+            chunk: list[Chunk] = []
+            await self._compute(self._reduce, index, payloads, chunk)
+            async with self._news:
+                self._reduced += chunk
+                self._news.notify_all()
+
+    async def _next(self, peer: str, until: float) -> bytes | memoryview | None:
+        queue = self._queues[peer]
+        if peer in self._lost and queue.empty():
+            return None
+        try:
+            async with asyncio.timeout_at(until):
+                return await queue.get()
+        except TimeoutError:
+            return None
+
+    def _leave_out(self, peer: str) -> None:
+        """Nothing of this contributor counts from this chunk on."""
+        if peer not in self._lost:
+            logger.warning("butterfly.contributor_stalled peer=%s", peer)
+            self._lost.add(peer)
+        # What slipped in at the last moment is of this chunk: it must not pass for the next.
+        queue = self._queues[peer]
+        while not queue.empty():
+            queue.get_nowait()
+
+    def _reduce(
+        self, index: int, payloads: dict[str, bytes | memoryview], out: list[Chunk]
+    ) -> None:
+        """Weighted mean in the plan's order, each weight rounded to float32 once."""
+        total = sum(c.samples for c in self._plan.contributions if c.peer_id in payloads)
+        elements = self.elements(index)
+        sum_E = torch.zeros(elements, dtype=torch.float32)
+        for contribution in self._plan.contributions:
+            payload = payloads.get(contribution.peer_id)
+            if payload is not None:
+                self._codec.decode_add(payload, elements, contribution.samples / total, sum_E)
+        out.append(
+            Chunk(
+                index=index,
+                elements=elements,
+                contributors=contributor_bits(self._plan, set(payloads)),
+                payload=self._codec.encode(sum_E),
+            )
+        )
+
+    async def abort(self) -> None:
+        """No more chunks will come: whoever waits for one is told, unless it has them all."""
+        async with self._news:
+            self._aborted = True
+            self._news.notify_all()
+
+    async def reduced(self) -> AsyncIterator[Chunk]:
+        """Every reduced chunk, each as soon as it is there.
+
+        Raises:
+            RoundError: the slice was given up.
+        """
+        for number in range(self.piece.stop - self.piece.start):
+            async with self._news:
+                while len(self._reduced) <= number:
+                    if self._aborted:
+                        raise RoundError(self._plan.round, "the reducer gave up its slice")
+                    await self._news.wait()
+            yield self._reduced[number]
