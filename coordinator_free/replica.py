@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,19 +17,49 @@ from blake3 import blake3
 from torch import Tensor
 
 from coordinator_free.average import Average
-from coordinator_free.messages import MAX_CERTIFICATES, Certificate, FrameHeader, Kind
+from coordinator_free.chain import Chain
+from coordinator_free.config import KEPT_CANDIDATES
+from coordinator_free.messages import Certificate, Kind
 from coordinator_free.outer import NesterovOuter
-from coordinator_free.wire import pack_frame, tree_root, unpack_frame
+from coordinator_free.wire import tree_root
 from dht.errors import StateError
 
 LEAF_ELEMENTS = 1 << 18  # 1 MiB of float32: one leaf of the hash tree, one frame of a download
-KEPT_AVERAGES = 4  # encoded averages kept for peers that missed a round
-KEPT_CANDIDATES = 4  # states computed and not yet decided
+# Encoded averages are kept for peers that missed rounds, as many as fit into the bytes of one
+# state: to replay more than that would cost more than to fetch the state. Those of the last rounds
+# always, for members that have to catch up before they can accept the next one.
+MIN_KEPT_AVERAGES = 4
+MAX_KEPT_AVERAGES = 64
+KEPT_CERTIFICATES = 2 * MAX_KEPT_AVERAGES  # some heights average nothing
 
 
-def _bytes_of(vector_N: Tensor) -> memoryview:
+def bytes_of(vector: Tensor) -> memoryview:
     """The memory of a float32 vector, shared."""
-    return vector_N.numpy().view(np.uint8).data
+    return vector.numpy().view(np.uint8).data
+
+
+def layout_leaf(layout: str) -> bytes:
+    """(32,) bytes: the first entry of a state's tree, which no donor needs to send."""
+    return blake3(b"shoal layout v1\0" + layout.encode()).digest()
+
+
+def leaf_bounds(numel: int) -> list[tuple[int, int, int]]:
+    """(vector, start, stop) in bytes of every leaf: parameters are vector 0, the momentum is 1."""
+    size, step = 4 * numel, 4 * LEAF_ELEMENTS
+    return [
+        (vector, start, min(start + step, size))
+        for vector in (0, 1)
+        for start in range(0, size, step)
+    ]
+
+
+def leaf_digests(theta_N: Tensor, momentum_N: Tensor) -> list[bytes]:
+    """(32,) bytes for every leaf, in the order of `leaf_bounds`."""
+    raw = (bytes_of(theta_N), bytes_of(momentum_N))
+    return [
+        blake3(raw[vector][start:stop]).digest()
+        for vector, start, stop in leaf_bounds(len(theta_N))
+    ]
 
 
 def state_root(layout: str, theta_N: Tensor, momentum_N: Tensor) -> bytes:
@@ -42,12 +71,7 @@ def state_root(layout: str, theta_N: Tensor, momentum_N: Tensor) -> bytes:
         theta_N: (N,) float32 parameters.
         momentum_N: (N,) float32 outer momentum.
     """
-    leaves = [blake3(b"shoal layout v1\0" + layout.encode()).digest()]
-    for vector_N in (theta_N, momentum_N):
-        raw = _bytes_of(vector_N)
-        for start in range(0, len(raw), 4 * LEAF_ELEMENTS):
-            leaves.append(blake3(raw[start : start + 4 * LEAF_ELEMENTS]).digest())
-    return tree_root(leaves)
+    return tree_root([layout_leaf(layout), *leaf_digests(theta_N, momentum_N)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,53 +82,23 @@ class State:
     momentum_N: Tensor
     root: bytes
 
-    def frames(self) -> Iterator[bytes]:
-        """For a newcomer: every leaf of the parameters, then of the momentum."""
-        for part, vector_N in enumerate((self.theta_N, self.momentum_N)):
-            raw = _bytes_of(vector_N)
-            for leaf, start in enumerate(range(0, len(raw), 4 * LEAF_ELEMENTS)):
-                header = FrameHeader(part=part, chunk=leaf)
-                yield pack_frame(header, raw[start : start + 4 * LEAF_ELEMENTS])
-
-
-class StateReader:
-    """Collects the leaves of a fetched state, in order, bounded by the length of the vector."""
-
-    def __init__(self, layout: str, numel: int) -> None:
-        self._layout = layout
-        self._vectors = (torch.empty(numel), torch.empty(numel))
-        self._raw = [_bytes_of(vector) for vector in self._vectors]
-        self._next = (0, 0)
-
-    def add(self, frame: bytes) -> None:
-        """Take one frame.
+    def leaf(self, number: int) -> memoryview:
+        """The bytes of one leaf, shared; `number` counts as in `leaf_bounds`.
 
         Raises:
-            ValueError: not the leaf that comes next.
+            IndexError: there is no such leaf.
         """
-        header, payload = unpack_frame(frame)
-        part, leaf = self._next
-        if (header.part, header.chunk) != (part, leaf) or part > 1:
-            raise ValueError("a leaf of the state came out of order")
-        start = 4 * LEAF_ELEMENTS * leaf
-        stop = min(start + 4 * LEAF_ELEMENTS, len(self._raw[part]))
-        if len(payload) != stop - start:
-            raise ValueError("a leaf of the state has another length; does the model differ?")
-        self._raw[part][start:stop] = payload
-        self._next = (part + 1, 0) if stop == len(self._raw[part]) else (part, leaf + 1)
+        if not 0 <= number < self.leaves:
+            raise IndexError(f"a state of {self.leaves} leaves has no leaf {number}")
+        vector, index = divmod(number, self.leaves // 2)
+        step = 4 * LEAF_ELEMENTS
+        raw = bytes_of((self.theta_N, self.momentum_N)[vector])
+        return raw[index * step : (index + 1) * step]
 
-    def finish(self, root: bytes) -> State:
-        """The state, which has this root.
-
-        Raises:
-            ValueError: it is another one, or incomplete.
-        """
-        if self._next != (2, 0):
-            raise ValueError("a state is incomplete")
-        theta_N, momentum_N = self._vectors
-        if state_root(self._layout, theta_N, momentum_N) != root:
-            raise ValueError("a state has another root than asked for")
-        return State(theta_N, momentum_N, root)
+    @property
+    def leaves(self) -> int:
+        """How many leaves it has."""
+        return 2 * -(-len(self.theta_N) // LEAF_ELEMENTS)
 
 
 class Replica:
@@ -114,25 +108,25 @@ class Replica:
         layout: see `state_root`.
         outer: the outer optimizer.
         state: to begin with.
-        certificate: that names this state.
+        chain: proves the certificate that names this state.
     """
 
-    def __init__(
-        self, layout: str, outer: NesterovOuter, state: State, certificate: Certificate
-    ) -> None:
+    def __init__(self, layout: str, outer: NesterovOuter, state: State, chain: Chain) -> None:
         self._layout = layout
         self._outer = outer
         self._candidates: OrderedDict[tuple[bytes, bytes], State] = OrderedDict()
         self._averages: OrderedDict[bytes, Average] = OrderedDict()
         self._lock = threading.Lock()  # `consider` runs in worker threads
-        self.install(state, certificate)
+        self.install(state, chain)
 
-    def install(self, state: State, certificate: Certificate) -> None:
+    def install(self, state: State, chain: Chain) -> None:
         """Begin from another state, as a newcomer or after losing against another branch."""
-        if certificate.outcome.state_root != state.root:
+        if chain.newest.outcome.state_root != state.root:
             raise StateError("a state and the certificate that should name it differ")
         self.state = state
-        self.certificates: deque[Certificate] = deque([certificate], maxlen=MAX_CERTIFICATES)
+        self.chain = chain
+        # Two at least, where there are two: the newest is shown with the one that proves it.
+        self.certificates: deque[Certificate] = deque(chain.links[-2:], maxlen=KEPT_CERTIFICATES)
         with self._lock:
             self._candidates.clear()
 
@@ -159,11 +153,12 @@ class Replica:
         state = State(theta_N, momentum_N, state_root(self._layout, theta_N, momentum_N))
         with self._lock:
             self._candidates[(average.root, state.root)] = state
+            self._candidates.move_to_end((average.root, state.root))  # as the machine counts
             self._averages[average.root] = average
+            self._averages.move_to_end(average.root)
             while len(self._candidates) > KEPT_CANDIDATES:
                 self._candidates.popitem(last=False)
-            while len(self._averages) > KEPT_AVERAGES:
-                self._averages.popitem(last=False)
+            self._forget_averages()
         return state.root
 
     def average(self, root: bytes) -> Average | None:
@@ -177,11 +172,44 @@ class Replica:
             StateError: its average was never considered here, or leads elsewhere.
         """
         outcome = certificate.outcome
+        try:
+            chain = self.chain.then(certificate)
+        except ValueError as error:
+            raise StateError(str(error)) from error
         if outcome.kind == Kind.AVERAGE:
-            state = self._candidates.get((outcome.vector_root, outcome.state_root))
+            key = (outcome.vector_root, outcome.state_root)
+            average = self._averages.get(outcome.vector_root)
+            if key not in self._candidates and average is not None:
+                self.consider(average)  # had to give way to others; rare, hence here
+            state = self._candidates.get(key)
             if state is None:
                 raise StateError("a decided average is not held")
             self.state = state
             with self._lock:
+                for root, _ in self._candidates.keys() - {key}:
+                    if root != outcome.vector_root:
+                        self._averages.pop(root, None)  # nobody will ask for it
                 self._candidates.clear()
+        self.chain = chain
         self.certificates.append(certificate)
+
+    def revive(self, certificate: Certificate) -> None:
+        """Go on from a decree of those who came back (`revival`), perhaps in place of the newest.
+
+        Raises:
+            ValueError: it does not follow, or changes the state.
+        """
+        if certificate.outcome.state_root != self.state.root:
+            raise ValueError("a revival that changes the state")
+        self.chain = self.chain.revived(certificate)
+        if certificate.outcome.height == self.certificates[-1].outcome.height:
+            self.certificates.pop()
+        self.certificates.append(certificate)
+
+    def _forget_averages(self) -> None:
+        kept = sum(average.nbytes for average in self._averages.values())
+        while len(self._averages) > MIN_KEPT_AVERAGES and (
+            kept > 8 * self.numel or len(self._averages) > MAX_KEPT_AVERAGES
+        ):
+            _, oldest = self._averages.popitem(last=False)
+            kept -= oldest.nbytes

@@ -9,27 +9,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator_free.average import Average, Chunk
+from coordinator_free.chain import Chain
 from coordinator_free.codecs import codec
-from coordinator_free.messages import (
-    MAX_CERTIFICATES,
-    NO_DIGEST,
-    Certificate,
-    FrameHeader,
-    Kind,
-    Member,
-    Outcome,
-)
+from coordinator_free.messages import NO_DIGEST, Certificate, Kind, Member, Outcome
 from coordinator_free.outer import NesterovOuter, OuterConfig
 from coordinator_free.replica import (
-    KEPT_AVERAGES,
     KEPT_CANDIDATES,
+    KEPT_CERTIFICATES,
     LEAF_ELEMENTS,
+    MAX_KEPT_AVERAGES,
+    MIN_KEPT_AVERAGES,
     Replica,
     State,
-    StateReader,
+    leaf_bounds,
+    leaf_digests,
     state_root,
 )
-from coordinator_free.wire import pack_frame, tree_root
+from coordinator_free.wire import head_digest, tree_root
 from dht.errors import StateError
 
 LAYOUT = "layout"
@@ -53,19 +49,25 @@ def state(seed: int = 0, numel: int = NUMEL) -> State:
     return State(theta_N, momentum_N, state_root(LAYOUT, theta_N, momentum_N))
 
 
-def average(seed: int, numel: int) -> Average:
+def average(seed: int, numel: int, codec_name: str = "fp32") -> Average:
     delta_N = torch.randn(numel, generator=torch.Generator().manual_seed(seed))
-    return Average("fp32", [Chunk(0, 0, numel, b"\x01", bytes(codec("fp32").encode(delta_N)))])
+    payload = bytes(codec(codec_name).encode(delta_N))
+    return Average(codec_name, [Chunk(0, numel, b"\x01", payload)])
 
 
 def certificate(
-    state_root: bytes, *, height: int = 1, kind: Kind = Kind.AVERAGE, vector_root: bytes = NO_DIGEST
+    state_root: bytes,
+    *,
+    after: Certificate | None = None,
+    kind: Kind = Kind.AVERAGE,
+    vector_root: bytes = NO_DIGEST,
 ) -> Certificate:
+    height = after.outcome.height + 1 if after is not None else 0
     outcome = Outcome(
         height=height,
         round=height,
         kind=kind,
-        previous=NO_DIGEST,
+        previous=head_digest(after.outcome) if after is not None else NO_DIGEST,
         plan=NO_DIGEST,
         vector_root=vector_root,
         state_root=state_root,
@@ -78,9 +80,15 @@ def certificate(
 
 def replica(numel: int = 100) -> Replica:
     first = state(numel=numel)
-    return Replica(
-        LAYOUT, NesterovOuter(OuterConfig()), first, certificate(first.root, kind=Kind.FOUND)
-    )
+    chain = Chain.begin(certificate(first.root, kind=Kind.FOUND))
+    return Replica(LAYOUT, NesterovOuter(OuterConfig()), first, chain)
+
+
+def apply(held: Replica, root: bytes, one: Average | None) -> None:
+    """The next height: this average leads to this root; none: the roster changes."""
+    kind, vector = (Kind.AVERAGE, one.root) if one is not None else (Kind.REGROUP, NO_DIGEST)
+    newest = held.chain.newest
+    held.apply(certificate(root, after=newest, kind=kind, vector_root=vector))
 
 
 # -- roots and downloads ----------------------------------------------------------------------
@@ -110,63 +118,19 @@ def test_every_element_and_the_layout_are_in_the_root(at: int, in_theta: bool) -
 
 
 @pytest.mark.parametrize("numel", [1, LEAF_ELEMENTS, NUMEL])
-def test_a_downloaded_state_is_the_same_one(numel: int) -> None:
-    sent = state(numel=numel)
-    reader = StateReader(LAYOUT, numel)
-    for frame in sent.frames():
-        reader.add(frame)
-    got = reader.finish(sent.root)
-    assert torch.equal(got.theta_N, sent.theta_N)
-    assert torch.equal(got.momentum_N, sent.momentum_N)
-    assert got.root == sent.root
-
-
-def leaf(part: int, chunk: int, elements: int) -> bytes:
-    return pack_frame(FrameHeader(part=part, chunk=chunk), bytes(4 * elements))
-
-
-def test_frames_out_of_order_or_of_another_length_are_refused() -> None:
-    frames = list(state().frames())
-    assert len(frames) == 4
-    foreign = [
-        frames[0],  # again
-        frames[2],
-        frames[3],
-        leaf(0, 1, 9),
-        leaf(0, 1, 11),
-        leaf(0, 1, 0),
-        leaf(0, 2, 10),
-        leaf(1, 1, 10),
-        leaf(7, 0, 10),
-        b"",
-        b"\xff" * 12,
-    ]
-    for frame in foreign:
-        reader = StateReader(LAYOUT, NUMEL)
-        reader.add(frames[0])
-        with pytest.raises(ValueError, match=r"leaf|frame"):
-            reader.add(frame)
-    with pytest.raises(ValueError, match="out of order"):
-        StateReader(LAYOUT, NUMEL).add(frames[1])
-
-
-def test_a_state_has_an_end() -> None:
-    reader = StateReader(LAYOUT, NUMEL)
-    for frame in state().frames():
-        with pytest.raises(ValueError, match="incomplete"):
-            reader.finish(state().root)
-        reader.add(frame)
-    with pytest.raises(ValueError, match="out of order"):
-        reader.add(leaf(2, 0, LEAF_ELEMENTS))
-
-
-def test_another_state_or_another_layout_is_refused() -> None:
-    for layout, root in ((LAYOUT, state(1).root), ("other", state().root)):
-        reader = StateReader(layout, NUMEL)
-        for frame in state().frames():
-            reader.add(frame)
-        with pytest.raises(ValueError, match="another root"):
-            reader.finish(root)
+def test_leaves_put_together_are_the_state(numel: int) -> None:
+    held = state(numel=numel)
+    bounds = leaf_bounds(numel)
+    assert held.leaves == len(bounds)
+    leaves = [bytes(held.leaf(number)) for number in range(held.leaves)]
+    assert [len(leaf) for leaf in leaves] == [stop - start for _, start, stop in bounds]
+    raw = [vector.numpy().tobytes() for vector in (held.theta_N, held.momentum_N)]
+    assert b"".join(leaves) == b"".join(raw)
+    digests = leaf_digests(held.theta_N, held.momentum_N)
+    assert digests == [blake3(leaf).digest() for leaf in leaves]
+    for outside in (-1, held.leaves):
+        with pytest.raises(IndexError):
+            held.leaf(outside)
 
 
 # -- becoming the next state ------------------------------------------------------------------
@@ -178,7 +142,7 @@ def test_applying_an_average_is_one_outer_step() -> None:
     one = average(1, 100)
     root = held.consider(one)
     assert held.state is before  # only considered
-    held.apply(certificate(root, vector_root=one.root))
+    apply(held, root, one)
     theta_N, momentum_N = before.theta_N.clone(), before.momentum_N.clone()
     NesterovOuter(OuterConfig()).step(theta_N, momentum_N, one.values())
     assert torch.equal(held.state.theta_N, theta_N)
@@ -191,23 +155,29 @@ def test_what_was_never_considered_is_not_applied() -> None:
     before = held.state
     one, other = average(1, 100), average(2, 100)
     root = held.consider(one)
-    for wrong in (
-        certificate(root, vector_root=other.root),
-        certificate(NO_DIGEST, vector_root=one.root),
-    ):
+    for wrong_root, wrong in ((root, other), (NO_DIGEST, one)):
         with pytest.raises(StateError):
-            held.apply(wrong)
+            apply(held, wrong_root, wrong)
     assert held.state is before
-    assert len(held.certificates) == 1
+    assert len(held.certificates) == len(held.chain) == 1
+
+
+def test_a_certificate_that_does_not_follow_is_not_applied() -> None:
+    held = replica()
+    root = held.consider(one := average(1, 100))
+    with pytest.raises(StateError, match="follow"):
+        held.apply(certificate(root, vector_root=one.root))
+    apply(held, root, one)
+    assert held.chain.newest == held.certificates[-1]
 
 
 def test_what_was_considered_for_another_state_is_not_applied_to_this_one() -> None:
     held = replica()
     one, other = average(1, 100), average(2, 100)
     stale = held.consider(other)
-    held.apply(certificate(held.consider(one), vector_root=one.root))
+    apply(held, held.consider(one), one)
     with pytest.raises(StateError):
-        held.apply(certificate(stale, vector_root=other.root))
+        apply(held, stale, other)
 
 
 def test_a_regroup_changes_nothing_but_the_certificate() -> None:
@@ -215,44 +185,59 @@ def test_a_regroup_changes_nothing_but_the_certificate() -> None:
     before = held.state
     one = average(1, 100)
     root = held.consider(one)
-    regroup = certificate(before.root, kind=Kind.REGROUP)
-    held.apply(regroup)
+    apply(held, before.root, None)
     assert held.state is before
-    assert held.certificates[-1] is regroup
-    held.apply(certificate(root, height=2, vector_root=one.root))  # the work was not lost
+    assert held.certificates[-1].outcome.kind == Kind.REGROUP
+    apply(held, root, one)  # the work was not lost
     assert held.state.root == root
 
 
 def test_a_state_that_is_being_served_stays_valid_while_the_next_one_is_applied() -> None:
     held = replica(numel=NUMEL)
     old = held.state
-    trained_from = old.theta_N
-    copy = trained_from.clone()
-    serving = old.frames()
-    reader = StateReader(LAYOUT, NUMEL)
-    reader.add(next(serving))
+    copy = old.theta_N.clone()
+    served = [bytes(old.leaf(0))]
     one = average(1, NUMEL)
-    held.apply(certificate(held.consider(one), vector_root=one.root))
-    for frame in serving:
-        reader.add(frame)
-    assert reader.finish(old.root).root == old.root
-    assert torch.equal(trained_from, copy)
+    apply(held, held.consider(one), one)
+    served += [bytes(old.leaf(number)) for number in range(1, old.leaves)]
+    assert [blake3(leaf).digest() for leaf in served] == leaf_digests(copy, old.momentum_N)
     assert held.state.root != old.root
 
 
-def test_old_averages_candidates_and_certificates_are_forgotten() -> None:
+def test_candidates_and_certificates_are_forgotten() -> None:
     held = replica()
     averages = [average(seed, 100) for seed in range(1, 9)]
     roots = [held.consider(one) for one in averages]
-    kept = [held.average(one.root) is not None for one in averages]
-    assert kept == [False] * (8 - KEPT_AVERAGES) + [True] * KEPT_AVERAGES
     oldest = 8 - KEPT_CANDIDATES
     with pytest.raises(StateError):
-        held.apply(certificate(roots[oldest - 1], vector_root=averages[oldest - 1].root))
-    held.apply(certificate(roots[oldest], vector_root=averages[oldest].root))
-    for height in range(2, MAX_CERTIFICATES + 9):
-        held.apply(certificate(held.state.root, height=height, kind=Kind.REGROUP))
-    assert [c.outcome.height for c in held.certificates] == list(range(9, MAX_CERTIFICATES + 9))
+        apply(held, roots[oldest - 1], averages[oldest - 1])
+    apply(held, roots[oldest], averages[oldest])
+    for _ in range(2, KEPT_CERTIFICATES + 9):
+        apply(held, held.state.root, None)
+    heights = [c.outcome.height for c in held.certificates]
+    assert heights == list(range(9, KEPT_CERTIFICATES + 9))
+
+
+@pytest.mark.parametrize(
+    ("codec_name", "numel", "kept"),
+    [
+        ("fp32", 1000, MIN_KEPT_AVERAGES),  # two would be as much as a state
+        ("int8", 4096, 7),  # 4128 bytes each of 32768
+        ("int4", 4096, 15),
+    ],
+)
+def test_averages_are_kept_up_to_the_bytes_of_a_state(
+    codec_name: str, numel: int, kept: int
+) -> None:
+    held = replica(numel=numel)
+    averages = [average(seed, numel, codec_name) for seed in range(20)]
+    for one in averages:
+        held.consider(one)
+    have = [held.average(one.root) is not None for one in averages]
+    fit = 8 * numel // averages[0].nbytes
+    count = min(max(MIN_KEPT_AVERAGES, fit), MAX_KEPT_AVERAGES, 20)
+    assert have == [False] * (20 - count) + [True] * count
+    assert count == kept
 
 
 def test_installing_needs_the_certificate_of_that_state() -> None:
@@ -261,23 +246,26 @@ def test_installing_needs_the_certificate_of_that_state() -> None:
     root = held.consider(one := average(1, 100))
     other = state(7, numel=100)
     with pytest.raises(StateError, match="differ"):
-        held.install(other, certificate(before.root))
+        held.install(other, held.chain)
     assert held.state is before
-    held.install(other, fresh := certificate(other.root, height=9))
+    first = certificate(NO_DIGEST, kind=Kind.FOUND)
+    chain = Chain.begin(first).then(certificate(other.root, after=first))
+    held.install(other, chain)
     assert held.state is other
-    assert list(held.certificates) == [fresh]
+    assert held.chain is chain
+    assert tuple(held.certificates) == chain.links  # the newest, and what proves it
     with pytest.raises(StateError):  # it followed from the state before
-        held.apply(certificate(root, vector_root=one.root))
+        apply(held, root, one)
 
 
 def test_peers_that_apply_the_same_bytes_stay_identical() -> None:
     one, two = replica(), replica()
     for round in range(3):
         step = average(round, 100)
-        decided = certificate(one.consider(step), vector_root=step.root)
-        assert two.consider(copy_of(step)) == decided.outcome.state_root
-        one.apply(decided)
-        two.apply(decided)
+        root = one.consider(step)
+        assert two.consider(copy_of(step)) == root
+        apply(one, root, step)
+        apply(two, root, step)
     assert torch.equal(one.state.theta_N, two.state.theta_N)
 
 

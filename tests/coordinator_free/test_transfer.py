@@ -8,17 +8,20 @@ import pytest
 import torch
 from blake3 import blake3
 
+from coordinator_free import transfer as module
 from coordinator_free import wire
 from coordinator_free.average import Average, Chunk
 from coordinator_free.certificates import ACCEPT_DOMAIN, found, signed_text
+from coordinator_free.chain import Chain
 from coordinator_free.codecs import codec
 from coordinator_free.contact import Contact
 from coordinator_free.messages import (
     NO_DIGEST,
     U64_MAX,
     Certificate,
+    FetchChain,
     FetchOutcome,
-    FetchState,
+    FrameHeader,
     Heads,
     Hello,
     Kind,
@@ -28,9 +31,7 @@ from coordinator_free.messages import (
     Outcome,
     Signature,
 )
-from coordinator_free.outer import NesterovOuter, OuterConfig
-from coordinator_free.replica import Replica, State, state_root
-from coordinator_free.transfer import Transfer, answer_hello, serve
+from coordinator_free.transfer import Transfer
 from coordinator_free.transport import Client
 from dht.errors import PeerError, ProtocolViolation, StateError, Unreachable
 from tests.sim.world import RUN, Key, check
@@ -95,7 +96,7 @@ class Peers:
     def __init__(self) -> None:
         self.replies: dict[str, bytes | PeerError] = {}
         self.frames: list[bytes | PeerError] = []
-        self.asked: list[Message | FetchState | FetchOutcome] = []
+        self.asked: list[Message | wire.FetchRequest] = []
 
     def shows(self, peer: str, *certificates: Certificate) -> None:
         self.replies[peer] = wire.encode(Heads(certificates=certificates))
@@ -191,121 +192,106 @@ async def test_the_furthest_proven_head_wins_whoever_else_fails_or_lies(
     peers.shows("ahead", SECOND, THIRD)
     peers.shows("liar", THIRD, signed(follow(THIRD.outcome, samples=10**9), "a"))
     names: Iterable[str] = ("liar", "dead", "behind", "ahead")
-    assert await transfer.best(map(contact, names)) == (THIRD, contact("ahead"))
+    assert await transfer.claims(map(contact, names)) == [
+        (THIRD, contact("ahead")),
+        (SECOND, contact("behind")),
+    ]
     with pytest.raises(StateError, match="none of 2"):
-        await transfer.best(map(contact, ("liar", "dead")))
+        await transfer.claims(map(contact, ("liar", "dead")))
 
 
 async def test_more_samples_outrank_more_heights(peers: Peers, transfer: Transfer) -> None:
     branch = signed(follow(SECOND.outcome, samples=10**6), "a", "b")
     peers.shows("samples", SECOND, branch)
     peers.shows("heights", THIRD, FOURTH)
-    best, donor = await transfer.best([contact("heights"), contact("samples")])
-    assert (best, donor.peer_id) == (branch, "samples")
+    best, _ = await transfer.claims([contact("heights"), contact("samples")])
+    assert best == (branch, contact("samples"))
 
 
-# -- answering --------------------------------------------------------------------------------
+# -- chains -----------------------------------------------------------------------------------
 
 
-def replica(certificates: tuple[Certificate, ...]) -> Replica:
-    theta_N = torch.arange(float(NUMEL))
-    momentum_N = -theta_N
-    state = State(theta_N, momentum_N, state_root(LAYOUT, theta_N, momentum_N))
-    held = Replica(
-        LAYOUT,
-        NesterovOuter(OuterConfig()),
-        state,
-        found(RUN, seat("a"), Key("a"), state.root),
-    )
-    held.certificates.clear()
-    held.certificates.extend(certificates)
-    return held
+def links(*certificates: Certificate) -> list[bytes | PeerError]:
+    return [
+        wire.pack_frame(FrameHeader(chunk=number), wire.encode_certificate(certificate))
+        for number, certificate in enumerate(certificates)
+    ]
 
 
-ALL = (FIRST, SECOND, THIRD, FOURTH)
+async def test_a_chain_from_the_creator_on_is_believed(peers: Peers, transfer: Transfer) -> None:
+    peers.frames = links(FIRST, SECOND, THIRD, FOURTH)
+    chain = await transfer.chain(contact("x"))
+    assert chain == Chain.verified([FIRST, SECOND, THIRD, FOURTH], RUN, "a", check)
+    assert peers.asked == [FetchChain()]
 
 
-@pytest.mark.parametrize(
-    ("kept", "height", "answer"),
-    [
-        (ALL, 0, ALL),
-        (ALL, 2, (THIRD, FOURTH)),
-        (ALL, 3, (FOURTH,)),
-        (ALL, 4, (THIRD, FOURTH)),  # not decided yet
-        (ALL, U64_MAX, (THIRD, FOURTH)),
-        (ALL[1:], 0, (THIRD, FOURTH)),  # not kept any more
-        ((FOURTH,), 0, (FOURTH,)),
-    ],
-)
-def test_hello_is_answered_from_the_asked_height_or_with_the_newest_two(
-    kept: tuple[Certificate, ...], height: int, answer: tuple[Certificate, ...]
+async def test_a_chain_that_proves_nothing_is_a_violation(peers: Peers, transfer: Transfer) -> None:
+    good = links(FIRST, SECOND, THIRD)
+    for frames in (
+        [],
+        links(SECOND, THIRD),
+        links(FIRST, THIRD),
+        [good[0], good[2]],
+        [*good, good[2]],
+        [good[0], b"\xff"],
+        [good[0], wire.pack_frame(FrameHeader(chunk=1), b"\xff\xff")],
+    ):
+        peers.frames = [*frames]
+        with pytest.raises(ProtocolViolation) as refusal:
+            await transfer.chain(contact("x"))
+        assert refusal.value.peer_id == "x"
+    peers.frames = [good[0], Unreachable("x", "gone")]
+    with pytest.raises(Unreachable):
+        await transfer.chain(contact("x"))
+
+
+async def test_a_chain_is_read_up_to_its_limit(
+    peers: Peers, transfer: Transfer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reply = wire.decode(answer_hello(replica(kept), Hello(height=height)))
-    assert reply == Heads(certificates=answer)
+    peers.frames = links(FIRST, SECOND, THIRD)
+    for limit in ("MAX_LINKS", "MAX_CHAIN_BYTES"):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, limit, 2)
+            with pytest.raises(ProtocolViolation, match="too long"):
+                await transfer.chain(contact("x"))
 
 
-def test_an_answer_is_cut_to_what_one_message_holds() -> None:
-    roster = tuple(
-        dataclasses.replace(seat(f"p{number:04}"), hosts=("h" * 250,) * 2) for number in range(800)
-    )
-    large = [changed(FIRST, height=height, roster=roster) for height in range(4)]
-    raw = answer_hello(replica(tuple(large)), Hello(height=0))
-    reply = wire.decode(raw)
-    assert isinstance(reply, Heads)
-    assert reply.certificates == tuple(large[:2])
-    assert len(raw) <= wire.MAX_MESSAGE_BYTES
-
-
-# -- states and averages ----------------------------------------------------------------------
+# -- averages ---------------------------------------------------------------------------------
 
 
 def average() -> Average:
     payload = bytes(codec("int4").encode(torch.ones(NUMEL)))
-    return Average("int4", [Chunk(0, 0, NUMEL, b"\x01", payload)])
+    return Average("int4", [Chunk(0, NUMEL, b"\x01", payload)])
 
 
-async def all_of(frames: AsyncIterator[bytes]) -> list[bytes]:
-    return [frame async for frame in frames]
-
-
-async def test_what_is_served_can_be_downloaded(peers: Peers, transfer: Transfer) -> None:
-    donor = replica((FIRST,))
-    request = FetchState(state_root=donor.state.root)
-    peers.frames = [*await all_of(serve(donor, "me", request))]
-    got = await transfer.state(contact("x"), donor.state.root)
-    assert torch.equal(got.theta_N, donor.state.theta_N)
-    assert torch.equal(got.momentum_N, donor.state.momentum_N)
-    donor.consider(one := average())
-    peers.frames = [*await all_of(serve(donor, "me", FetchOutcome(vector_root=one.root)))]
+async def test_an_average_that_has_the_root_is_believed(peers: Peers, transfer: Transfer) -> None:
+    one = average()
+    peers.frames = [*one.frames()]
     assert (await transfer.average(contact("x"), one.root)).root == one.root
-    assert peers.asked == [request, FetchOutcome(vector_root=one.root)]
+    assert peers.asked == [FetchOutcome(vector_root=one.root)]
 
 
-async def test_what_is_not_held_is_not_served() -> None:
-    for request in (FetchState(state_root=NO_DIGEST), FetchOutcome(vector_root=NO_DIGEST)):
-        with pytest.raises(StateError):
-            await all_of(serve(replica((FIRST,)), "me", request))
-
-
-async def test_a_donor_that_sends_something_else_or_breaks_off_is_named(
+async def test_a_holder_that_sends_something_else_or_breaks_off_is_named(
     peers: Peers, transfer: Transfer
 ) -> None:
-    donor = replica((FIRST,))
-    state = [*donor.state.frames()]
     encoded = [*average().frames()]
     unknown = wire.pack_frame(wire.FrameHeader(codec="zip"))
-    for frames in ([], state[:1], state[::-1], [*state, state[0]], [b"\xff"], encoded):
+    leaf = wire.pack_frame(FrameHeader(), bytes(4 * NUMEL))
+    for frames in (
+        [],
+        encoded[:1],
+        [*encoded, encoded[1]],
+        [unknown, encoded[1]],
+        [b"\xff"],
+        [leaf, leaf],
+    ):
         peers.frames = [*frames]
         with pytest.raises(ProtocolViolation) as refusal:
-            await transfer.state(contact("x"), donor.state.root)
-        assert refusal.value.peer_id == "x"
-    peers.frames = [*state]
-    with pytest.raises(ProtocolViolation, match="another root"):
-        await transfer.state(contact("x"), NO_DIGEST)
-    for frames in ([], encoded[:1], [*encoded, encoded[1]], [unknown, encoded[1]], state):
-        peers.frames = [*frames]
-        with pytest.raises(ProtocolViolation):
             await transfer.average(contact("x"), average().root)
-    peers.frames = [state[0], Unreachable("x", "gone")]
+        assert refusal.value.peer_id == "x"
+    peers.frames = [*encoded]
+    with pytest.raises(ProtocolViolation, match="another root"):
+        await transfer.average(contact("x"), NO_DIGEST)
+    peers.frames = [encoded[0], Unreachable("x", "gone")]
     with pytest.raises(Unreachable):
-        await transfer.state(contact("x"), donor.state.root)
+        await transfer.average(contact("x"), average().root)
