@@ -4,6 +4,8 @@
     |-- ConfigError              a person's mistake: one line, exit status 2
     |-- PeerError(peer_id)       one partner's fault: go on without it
     |   |-- Unreachable          no connection, or it broke
+    |   |   `-- Declined         there, but will not do this
+    |   |       `-- Overloaded   will not do it now
     |   |-- TimedOut             connected, but a deadline passed
     |   |-- Unauthenticated      is not, or does not believe, who was asked for
     |   `-- ProtocolViolation    said something that no correct peer says
@@ -43,6 +45,14 @@ class PeerError(SwarmError):
 
 class Unreachable(PeerError):
     """No connection could be made, or an open one broke."""
+
+
+class Declined(Unreachable):
+    """The partner is there and will not do what was asked, for a reason of its own."""
+
+
+class Overloaded(Declined):
+    """The partner has too much to do: ask another one, or later."""
 
 
 class TimedOut(PeerError):

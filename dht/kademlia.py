@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import re
 import tempfile
 import time
 from collections import OrderedDict
@@ -57,6 +58,8 @@ _GRACE_S = 1.0
 _REPUBLISH_S = MANIFEST_TTL_S / 3
 _STEADY_S = 60.0  # a daemon that lived this long is not in a crash loop
 _MAX_BACKOFF_S = 10.0
+# As hivemind words it: "local time must be within 3 seconds  of others(local: 1.5, peer: 2.5)".
+_SKEW = re.compile(r"\(local: (?P<local>-?[0-9.]{1,40}), peer: (?P<peer>-?[0-9.]{1,40})\)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -395,10 +398,13 @@ class KademliaDirectory(Directory):
         except TimedOut:
             return TimedOut(peer_id, f"no answer at {maddrs[0]}")
         except Unreachable as exc:
-            if _is_clock_skew(exc.__cause__):
+            skew_s = _clock_skew_s(exc.__cause__)
+            if skew_s is not None:
                 return ConfigError(
-                    f"the clock of this machine differs by more than 3 s from that of {peer_id}:"
-                    " synchronise it (NTP)"
+                    f"the clock of this machine is {_duration(skew_s)} "
+                    f"{'ahead of' if skew_s > 0 else 'behind'} that of peer {peer_id}, and more "
+                    "than 3 s is too much: set it right, for example with "
+                    "'timedatectl set-ntp true' (or have that peer's set right)"
                 )
             return Unreachable(peer_id, f"no DHT node answers at {maddrs[0]}: {exc.reason}")
         return None
@@ -562,8 +568,18 @@ def _check_run_id(run_id: str) -> None:
         raise ConfigError(f"{run_id[:80]!r} is not a run id, which has 40 digits 0-9a-f")
 
 
-def _is_clock_skew(error: BaseException | None) -> bool:
-    return isinstance(error, ValidationError) and "local time" in str(error)
+def _clock_skew_s(error: BaseException | None) -> float | None:
+    """By how much our clock is ahead, if that is what hivemind complains of."""
+    found = _SKEW.search(str(error)) if isinstance(error, ValidationError) else None
+    return float(found["local"]) - float(found["peer"]) if found else None
+
+
+def _duration(seconds: float) -> str:
+    """`3.4 s`, `5 min` or `2.0 h`, without a sign."""
+    size = abs(seconds)
+    if size < 100:
+        return f"{size:.1f} s"
+    return f"{size / 60:.0f} min" if size < 6000 else f"{size / 3600:.1f} h"
 
 
 def _best_first(maddrs: tuple[str, ...]) -> tuple[str, ...]:

@@ -130,9 +130,12 @@ async def test_long_temporary_folder_does_not_break_the_socket(
 
 
 OWNER = """
-import asyncio, sys
+import asyncio, signal, sys
 from pathlib import Path
 from dht.daemon import Daemon, DaemonConfig
+
+# A shell starts what it runs in the background with SIGINT ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 async def main():
     daemon = await Daemon.start(
