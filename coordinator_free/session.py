@@ -24,24 +24,43 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from coordinator_free import actions, certificates, transfer, wire
+from coordinator_free import actions, certificates, failpoints, wire
 from coordinator_free.actions import Action
+from coordinator_free.announcer import Announcer
+from coordinator_free.average import Average, absent
 from coordinator_free.butterfly import Butterfly, ExchangeFailed
+from coordinator_free.catchup import FIND_S, CatchUp
 from coordinator_free.certificates import Head
+from coordinator_free.chain import Chain
+from coordinator_free.checkpoints import Checkpoint, CheckpointStore, Keeper
 from coordinator_free.codecs import codec
+from coordinator_free.comeback import ComeBack
 from coordinator_free.config import Layout, RoundConfig
 from coordinator_free.contact import Contact
+from coordinator_free.donor import Donor
 from coordinator_free.handoff import Assignment, Handoff, RoundResult, SessionClosed
 from coordinator_free.machine import Machine
-from coordinator_free.messages import Certificate, Commit, Hello, Kind, Member, Outcome, Plan
+from coordinator_free.marks import Marks
+from coordinator_free.membership import Membership
+from coordinator_free.messages import (
+    Certificate,
+    Commit,
+    FetchChunks,
+    Hello,
+    Kind,
+    Member,
+    Outcome,
+    Plan,
+)
 from coordinator_free.outbox import Outbox
 from coordinator_free.outer import NesterovOuter, OuterConfig
-from coordinator_free.partition import chunk_elements
+from coordinator_free.partition import largest_chunk
 from coordinator_free.replica import Replica, State, state_root
 from coordinator_free.tls import ServerCertificate
 from coordinator_free.transfer import Transfer
@@ -50,25 +69,21 @@ from dht.directory import Directory
 from dht.errors import (
     PeerError,
     ProtocolViolation,
-    RecordError,
     StateError,
     SwarmError,
     innermost,
 )
 from dht.identity import Identity, verify
-from dht.records import PEER_REFRESH_S, PEER_TTL_S, PeerRecord
+from dht.records import PEER_TTL_S, PeerRecord
 
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.1
 DELIVER_S = 3.0  # deadline of one small message
-WATCH_S = 5.0  # how often the directory is asked whether others are ahead
-FIND_S = 60.0  # how long a newcomer looks for a peer that has the state
 PLAN_S = 5.0  # how long a member's stream may be ahead of the plan it belongs to
-FAREWELL_S = 1.0  # for telling the directory that this peer is gone
 LEAVE_S = 5.0  # how long a polite leaver waits to be let go
 LINGER_S = 10.0  # how long a finished peer serves those that are not
-KEPT_BUTTERFLIES = 3  # exchanges whose reduced slices slower members may still be reading
+KEPT_BUTTERFLIES = 4  # exchanges whose chunks slower members may still be reading
 FETCHES_BEFORE_RESYNC = 3  # failed attempts to get one average before the whole state is fetched
 
 T = TypeVar("T")
@@ -89,6 +104,10 @@ class SessionConfig:
         port: 0 takes a free one.
         announce_hosts: what others dial, best first.
         can_reduce: offers to lead, reduce and serve state.
+        serve_bps: most bytes per second of states sent to those who download them; 0: no cap.
+        checkpoints: folder for this run's checkpoints; None keeps nothing on disk.
+        checkpoint_every: save after so many rounds; 0 for never.
+        keep_checkpoints: how many of the last ones stay.
     """
 
     run_id: str
@@ -101,11 +120,15 @@ class SessionConfig:
     port: int = 0
     announce_hosts: tuple[str, ...] = ("127.0.0.1",)
     can_reduce: bool = True
+    serve_bps: float = 0.0
+    checkpoints: Path | None = None
+    checkpoint_every: int = 1
+    keep_checkpoints: int = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SessionStatus:
-    """A snapshot for people."""
+    """A snapshot for people; `checkpoint` is the round of the newest one on disk."""
 
     phase: str
     round: int
@@ -115,6 +138,7 @@ class SessionStatus:
     samples: int
     bytes_sent: int
     bytes_received: int
+    checkpoint: int | None = None
 
 
 class Session:
@@ -142,18 +166,39 @@ class Session:
             numel=config.numel,
             check=verify,
         )
+        self._catch_up = CatchUp(
+            self,
+            transfer=self._transfer,
+            directory=directory,
+            run_id=config.run_id,
+            peer_id=identity.peer_id,
+            round=config.round,
+            layout=config.layout,
+            outer=NesterovOuter(config.outer),
+            numel=config.numel,
+        )
+        self._come_back = ComeBack(
+            self,
+            catch_up=self._catch_up,
+            transfer=self._transfer,
+            client=self._client,
+            signer=identity,
+        )
         self._layout = Layout(
             numel=config.numel,
-            chunk_elements=chunk_elements(codec(config.round.codec).encoded_bytes),
+            largest_chunk=largest_chunk(codec(config.round.codec).encoded_bytes),
         )
         self._loop: asyncio.AbstractEventLoop | None = None
         self._handoff = Handoff()
+        self._marks = Marks()
+        self._broken: SwarmError | None = None
         self._machine: Machine | None = None
         self._replica: Replica | None = None
+        self._donor: Donor | None = None
         self._butterflies: dict[bytes, Butterfly] = {}
         self._plan_arrived = asyncio.Condition()
-        self._exchange_tasks: list[asyncio.Task[None]] = []
-        self._catching_up: set[str] = set()
+        self._exchange_task: asyncio.Task[None] | None = None
+        self._fetch_task: asyncio.Task[None] | None = None
         self._failed_fetches = 0
         self._ending: str | None = None
         self._stop_asked = False
@@ -162,6 +207,7 @@ class Session:
         self._traffic_before = (0, 0)
         self._round_began = 0.0
         self._exchanged: dict[bytes, float] = {}  # vector root: seconds that its exchange took
+        self._keeper: Keeper | None = None
 
     # -- the training thread's side -----------------------------------------------------------
 
@@ -208,6 +254,7 @@ class Session:
             samples=protocol.head.samples if protocol is not None else 0,
             bytes_sent=self._traffic()[0],
             bytes_received=self._traffic()[1],
+            checkpoint=self._keeper.round if self._keeper is not None else None,
         )
 
     @property
@@ -220,6 +267,18 @@ class Session:
         if self._replica is None:
             raise SessionClosed("the session ended before it had a state")
         return self._replica.state.theta_N
+
+    @property
+    def newest(self) -> tuple[Certificate, Average | None]:
+        """What was decided last, and its average if that was one and is still held.
+
+        Raises:
+            SessionClosed: there was never a state.
+        """
+        if self._replica is None:
+            raise SessionClosed("the session ended before it had a state")
+        certificate = self._replica.certificates[-1]
+        return certificate, self._replica.average(certificate.outcome.vector_root)
 
     def _call(self, function: Callable[..., None], *args: object) -> None:
         loop = self._loop
@@ -236,6 +295,9 @@ class Session:
         rejoin_s: float = 0.0,
     ) -> None:
         """Found the swarm or join it, and take part until stopped or finished.
+
+        Where there is a checkpoint, this peer goes on from it instead: with those who are further
+        if there are any, and else, as one of those who come back, by itself.
 
         Args:
             initial_N: (N,) float32 initial parameters to found the swarm with; None joins it.
@@ -268,13 +330,13 @@ class Session:
                     on_failed=self._on_failed,
                 )
                 if await self._get_state(me, initial_N, rejoin_s):
-                    announcing = tasks.create_task(self._announce(me, maddrs))
-                    tasks.create_task(self._watch())
+                    announcer = Announcer(self._directory, lambda: self._record(me, maddrs()))
+                    announcing = tasks.create_task(announcer.run())
+                    self._catch_up.watch(tasks)
+                    tasks.create_task(self._come_back.run())
                     await self._take_part()
                     announcing.cancel()
-                    with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(FAREWELL_S):
-                            await self._announce_once(self._record(me, maddrs(), leaving=True))
+                    await announcer.farewell()
                 raise _Over
         except BaseExceptionGroup as group:
             _, errors = group.split(_Over)
@@ -285,33 +347,42 @@ class Session:
             await self._client.close()
             await self._server.close(grace_s=1.0)
             self._executor.shutdown(wait=False, cancel_futures=True)
+            if self._keeper is not None:
+                await asyncio.to_thread(self._keeper.close)
 
     async def _get_state(self, me: Member, initial_N: Tensor | None, rejoin_s: float) -> bool:
         """Begin with a state and the certificate that names it; False if stopped before."""
         found = None
-        if initial_N is None:
-            found = await self._find_state(FIND_S)
+        saved = await asyncio.to_thread(self._open_checkpoints)
+        if saved is not None:
+            found = saved
+        elif initial_N is None:
+            found = await self._catch_up.find(FIND_S)
         elif rejoin_s:
             try:
-                found = await self._find_state(rejoin_s)
+                found = await self._catch_up.find(rejoin_s)
             except StateError as error:
                 logger.info("session.found_anew %s", error)
         if self._stop_asked:
             return False
         if found is not None:
-            state, certificate = found
+            state, chain = found
         else:
             assert initial_N is not None
             momentum_N = torch.zeros_like(initial_N)
             root = await asyncio.to_thread(state_root, self.config.layout, initial_N, momentum_N)
             state = State(initial_N, momentum_N, root)
-            certificate = certificates.found(self.config.run_id, me, self._identity, root)
+            chain = Chain.begin(certificates.found(self.config.run_id, me, self._identity, root))
+        self._traffic_before = self._traffic()
+        self._replica = Replica(self.config.layout, NesterovOuter(self.config.outer), state, chain)
+        self._donor = Donor(self._replica, self.config.serve_bps, self._now)
+        self._note()
+        self._start_machine(me, chain.newest)
+        return True
+
+    def _start_machine(self, me: Member, certificate: Certificate) -> None:
         now = self._now()
         self._head_since = self._round_began = now
-        self._traffic_before = self._traffic()
-        self._replica = Replica(
-            self.config.layout, NesterovOuter(self.config.outer), state, certificate
-        )
         self._machine = Machine(
             me=me,
             run_id=self.config.run_id,
@@ -325,60 +396,17 @@ class Session:
         if self._last_round is not None:
             self._finish_after(self._last_round)
         self._do(self._machine.start(now))
-        return True
-
-    async def _find_state(self, find_s: float) -> tuple[State, Certificate] | None:
-        """Ask the run's peers where they stand and take the furthest state from who has it.
-
-        Returns:
-            None when asked to stop meanwhile.
-
-        Raises:
-            StateError: nobody had one within `find_s`.
-        """
-        last: SwarmError = StateError("no peer of this run is in the directory")
-        deadline = self._now() + find_s
-        failed: set[str] = set()  # donors that showed a head and did not deliver its state
-        while not self._stop_asked:
-            try:
-                contacts = await self._others()
-                if failed.issuperset(contact.peer_id for contact in contacts):
-                    failed.clear()
-                contacts = [contact for contact in contacts if contact.peer_id not in failed]
-                if contacts:
-                    certificate, donor = await self._transfer.best(contacts)
-                    # The run lives: never found it anew beside that, however slow the way there.
-                    deadline = max(deadline, self._now() + FIND_S)
-                    failed.add(donor.peer_id)
-                    root = certificate.outcome.state_root
-                    return await self._transfer.state(donor, root), certificate
-            except (PeerError, StateError) as error:
-                # The donor may have gone a round further meanwhile: ask again.
-                last = error
-                if isinstance(error, StateError):
-                    failed.clear()  # those who are left show nothing at all
-                logger.info("session.no_state_yet %s", error)
-            if self._now() > deadline:
-                raise StateError(f"no state of the run was found in {find_s:g} s: {last}") from last
-            await asyncio.sleep(TICK_S)
-        return None
-
-    async def _others(self) -> list[Contact]:
-        """Peers of the run that the directory knows and that can be dialled, this one excepted."""
-        return [
-            Contact(record.peer_id, record.hosts, record.port, record.certificate_sha256)
-            for record in await self._directory.peers(self.config.run_id)
-            if record.peer_id != self._identity.peer_id and record.port and record.hosts
-        ]
 
     async def _take_part(self) -> None:
         """Drive the machine until the run or this peer's part in it is over."""
-        protocol = self._protocol
         asked_at: float | None = None
         while True:
             await asyncio.sleep(TICK_S)
-            now = self._now()
+            if self._broken is not None:
+                raise self._broken
+            now, protocol = self._now(), self._protocol
             self._do(protocol.tick(now))
+            self._serving.tidy()
             if self._stop_asked:
                 self._leave()
                 asked_at = asked_at if asked_at is not None else now
@@ -398,6 +426,24 @@ class Session:
     # -- what the machine wants ---------------------------------------------------------------
 
     def _do(self, wanted: list[Action]) -> None:
+        marks = self._marks.passed(wanted)
+        for mark in marks:
+            failpoints.reach(f"{mark}.before")
+        try:
+            self._carry_out(wanted)
+        except SwarmError as error:
+            # Machine and replica differ now: nothing of this session can be believed any more.
+            self._broken = error
+            raise
+        for mark in marks:
+            if failpoints.armed(f"{mark}.after"):
+                self._tasks.create_task(self._reach_after(mark))
+
+    async def _reach_after(self, mark: str) -> None:
+        await self._outbox.flush()  # handed over is not yet on its way
+        failpoints.reach(f"{mark}.after")
+
+    def _carry_out(self, wanted: list[Action]) -> None:
         for action in wanted:
             match action:
                 case actions.Send():
@@ -418,8 +464,16 @@ class Session:
                     self._handoff.close_work(action.round)
                 case actions.StartExchange():
                     self._start_exchange(action.plan, action.digest)
+                case actions.GoOnWithout():
+                    butterfly = self._butterflies.get(action.plan)
+                    for peer in action.peers:
+                        if butterfly is not None:
+                            butterfly.drop(peer)
                 case actions.Fetch():
-                    self._tasks.create_task(self._fetch(action.outcome, action.holders))
+                    if self._fetch_task is not None:
+                        self._fetch_task.cancel()
+                    fetching = self._fetch(action.outcome, action.holders)
+                    self._fetch_task = self._tasks.create_task(fetching)
                 case actions.Apply():
                     self._apply(action.certificate)
                 case actions.CatchUp():
@@ -431,23 +485,34 @@ class Session:
                     self._ending = "left"
 
     def _start_exchange(self, plan: Plan, digest: bytes) -> None:
-        for task in self._exchange_tasks:
-            task.cancel()
+        if self._exchange_task is not None:
+            self._exchange_task.cancel()
         mine = any(c.peer_id == self._identity.peer_id for c in plan.contributions)
         values_N = self._handoff.pseudo_gradient(plan.round) if mine else None
         butterfly = Butterfly(
-            plan, digest, self._identity.peer_id, values_N, self._connect, self._executor
+            plan,
+            digest,
+            self._identity.peer_id,
+            values_N,
+            _Lines(self._client, self._protocol.membership),
+            self._executor,
+            self._butterflies.get(plan.base),
         )
         while len(self._butterflies) >= KEPT_BUTTERFLIES:
             del self._butterflies[next(iter(self._butterflies))]
         self._butterflies[digest] = butterfly
-        # What others get from this reducer must not depend on what it gets from them.
-        self._exchange_tasks = [
-            self._tasks.create_task(butterfly.reduce()),
-            self._tasks.create_task(self._exchange(butterfly, digest)),
-        ]
+        self._exchange_task = self._tasks.create_task(self._exchange(butterfly))
 
-    async def _exchange(self, butterfly: Butterfly, digest: bytes) -> None:
+    async def _exchange(self, butterfly: Butterfly) -> None:
+        """Take part in both roles: what others get of this one does not depend on what it gets."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(butterfly.reduce())
+                tasks.create_task(self._average(butterfly, butterfly.digest))
+        finally:
+            butterfly.release()
+
+    async def _average(self, butterfly: Butterfly, digest: bytes) -> None:
         """Average, and compute what that leads to."""
         began = self._now()
         async with self._plan_arrived:
@@ -456,45 +521,51 @@ class Session:
             average = await butterfly.run()
         except ExchangeFailed as error:
             logger.warning("session.exchange_failed %s lost=%s", error, ",".join(error.lost))
-            self._do(self._protocol.exchange_failed(digest, error.lost, self._now()))
+            self._do(self._protocol.exchange_failed(digest, error.lost, error.held, self._now()))
             return
         try:
             root = await self._compute(self._held.consider, average)
         except ValueError as error:
             logger.error("session.average_refused round=%d %s", self._protocol.head.round, error)
-            self._do(self._protocol.exchange_failed(digest, (), self._now()))
+            self._do(self._protocol.exchange_refused(digest, self._now()))
             return
         self._exchanged = {average.root: self._now() - began}
         self._do(
-            self._protocol.exchange_done(digest, average.root, root, butterfly.lost, self._now())
+            self._protocol.exchange_done(
+                digest,
+                average.root,
+                root,
+                self._now(),
+                lost=butterfly.lost,
+                absent=absent(butterfly.plan, average),
+            )
         )
 
-    def _connect(self, reducer: str) -> AbstractAsyncContextManager[ExchangeStream]:
-        member = self._protocol.membership.member(reducer)
-        if member is None:
-            raise ProtocolViolation(reducer, "is a reducer without an address")
-        return self._client.exchange(member.contact)
-
     async def _fetch(self, outcome: Outcome, holders: tuple[str, ...]) -> None:
-        """Get an average that was missed from one of those who hold it."""
+        """Get an average that was missed: what lacks of it, or else all, from those who hold it."""
         held = False
+        average = None
+        butterfly = self._butterflies.get(outcome.plan)
+        if butterfly is not None:
+            average = await butterfly.complete(holders)
+            if average is not None and average.root != outcome.vector_root:
+                logger.error("session.chunks_differ round=%d: fetching all", outcome.round)
+                average = None
         for holder in holders:
             member = self._protocol.membership.member(holder)
-            if member is None:
+            if average is not None or member is None:
                 continue
             try:
                 average = await self._transfer.average(member.contact, outcome.vector_root)
             except PeerError as error:
                 logger.info("session.fetch_failed %s", error)
-                continue
+        if average is not None:
             try:
                 held = await self._compute(self._held.consider, average) == outcome.state_root
+                if not held:
+                    logger.error("session.state_differs round=%d: resynchronising", outcome.round)
             except ValueError as error:
                 logger.error("session.average_refused round=%d %s", outcome.round, error)
-                break
-            if not held:
-                logger.error("session.state_differs round=%d: resynchronising", outcome.round)
-            break
         self._failed_fetches = 0 if held else self._failed_fetches + 1
         self._do(self._protocol.fetched(outcome, held, self._now()))
         if self._failed_fetches >= FETCHES_BEFORE_RESYNC:
@@ -504,6 +575,7 @@ class Session:
     def _apply(self, certificate: Certificate) -> None:
         """A height is decided: step on to its state and tell the training thread."""
         self._held.apply(certificate)
+        self._note()
         outcome = certificate.outcome
         now = self._now()
         self._head_since = now
@@ -538,98 +610,111 @@ class Session:
         self._round_began = now
         self._traffic_before = (sent, received)
 
-    # -- catching up --------------------------------------------------------------------------
+    # -- on disk ------------------------------------------------------------------------------
+
+    def _open_checkpoints(self) -> tuple[State, Chain] | None:
+        """The newest checkpoint from which this peer can go on. Blocks."""
+        config, me = self.config, self._identity.peer_id
+        if config.checkpoints is None:
+            return None
+        store = CheckpointStore(
+            config.checkpoints,
+            run_id=config.run_id,
+            layout=config.layout,
+            numel=config.numel,
+            keep=config.keep_checkpoints,
+        )
+        chains: list[Chain] = []
+
+        def usable(checkpoint: Checkpoint) -> bool:
+            chains[:] = [Chain.from_bytes(checkpoint.chain, config.run_id, config.creator, verify)]
+            return certificates.has_vote(chains[0].links, me)
+
+        saved = store.newest(usable)
+        self._keeper = Keeper(store, me=me, every=config.checkpoint_every, saved=saved)
+        return (saved.state, chains[0]) if saved is not None else None
+
+    def _note(self) -> None:
+        if self._keeper is not None:
+            self._keeper.note(self._held.state, self._held.chain)
+
+    # -- catching up and coming back (catchup.Place, comeback.Place) --------------------------
 
     def _catch_up_with(self, peer: str, *, whole: bool = False) -> None:
         member = self._protocol.membership.member(peer)
         if member is not None:
-            self._start_catching_up(member.contact, whole=whole)
+            self._catch_up.follow(member.contact, whole=whole)
 
-    def _start_catching_up(self, contact: Contact, *, whole: bool = False) -> None:
-        if not self._catching_up:
-            self._catching_up.add(contact.peer_id)
-            task = self._tasks.create_task(self._catch_up(contact, whole=whole))
-            task.add_done_callback(lambda _: self._catching_up.clear())
+    @property
+    def machine(self) -> Machine:
+        """The protocol's state; another one after a revival."""
+        return self._protocol
 
-    async def _catch_up(self, contact: Contact, *, whole: bool) -> None:
-        """Replay what was decided where that is possible, take the whole state where it is not."""
-        protocol = self._protocol
-        try:
-            if not whole:
-                height = protocol.head.height
-                decided = await self._transfer.heads(contact, height)
-                if decided[0].outcome.previous == protocol.head.digest:
-                    for certificate in decided:
-                        commit = Commit(certificate=certificate, holders=(contact.peer_id,))
-                        self._do(protocol.receive(contact.peer_id, commit, self._now()))
-                        if not protocol.takes(certificate):
-                            break  # provisional, and not believed: only as a whole branch
-                        if not await self._reaches(certificate.outcome.height + 1):
-                            break
-                    else:
-                        return
-            newest = await self._transfer.newest(contact)
-            if Head.after(newest).rank <= protocol.head.rank:
-                return
-            state = await self._transfer.state(contact, newest.outcome.state_root)
-        except PeerError as error:
-            logger.info("session.catch_up_failed %s", error)
+    @property
+    def chain(self) -> Chain:
+        """What proves where this peer stands."""
+        return self._held.chain
+
+    def revive(self, certificate: Certificate) -> None:
+        """Go on with a roster of those who came back."""
+        outcome = certificate.outcome
+        logger.warning(
+            "session.revived round=%d roster=%d: nobody of the roster could be reached",
+            outcome.round,
+            len(outcome.roster),
+        )
+        self._held.revive(certificate)
+        self._start_machine(self._protocol.me, certificate)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether this session is about to end."""
+        return self._stop_asked or self._ending is not None
+
+    @property
+    def head(self) -> Head:
+        """Where this peer stands."""
+        return self._protocol.head
+
+    @property
+    def stuck(self) -> bool:
+        """Whether the average of the next height cannot be had from those who should have it."""
+        return self._failed_fetches >= FETCHES_BEFORE_RESYNC
+
+    @property
+    def strays(self) -> tuple[Contact, ...]:
+        """Members that were lost: they may be on another branch."""
+        return tuple(member.contact for member in self._protocol.membership.strays)
+
+    def yields_to(self, head: Head) -> bool:
+        """Whether this peer gives up where it stands for that head."""
+        return self._protocol.yields_to(head)
+
+    def knows(self, head: bytes) -> bool:
+        """Whether this peer passed that head."""
+        return self._protocol.knows(head)
+
+    def replay(self, certificate: Certificate, holder: str) -> bool:
+        """Hand a certificate of this height to the machine; False if it does not go by it."""
+        commit = Commit(certificate=certificate, holders=(holder,))
+        self._do(self._protocol.receive(holder, commit, self._now()))
+        return self._protocol.takes(certificate)
+
+    def install(self, state: State, chain: Chain) -> None:
+        """Go on from a state that was downloaded as a whole, if that is still further."""
+        newest = chain.newest
+        if not self._protocol.yields_to(Head.after(newest)):
             return
-        wanted = protocol.install(newest, self._now())
-        if protocol.certificate == newest:
-            logger.info("session.resynchronised round=%d with=%s", newest.outcome.round, contact)
-            self._held.install(state, newest)
-            self._handoff.restart()
-            self._head_since = self._round_began = self._now()
-            self._failed_fetches = 0
-        self._do(wanted)
+        logger.info("session.resynchronised round=%d", newest.outcome.round)
+        # Before the machine: messages that came early may take it a height further at once.
+        self._held.install(state, chain)
+        self._note()
+        self._handoff.restart()
+        self._head_since = self._round_began = self._now()
+        self._failed_fetches = 0
+        self._do(self._protocol.install(newest, self._now()))
 
-    async def _reaches(self, height: int) -> bool:
-        """Whether the machine gets to this height while an average is fetched for it."""
-        end = self._now() + self.config.round.exchange_s
-        while self._protocol.head.height < height:
-            if self._now() > end:
-                return False
-            await asyncio.sleep(TICK_S / 10)
-        return True
-
-    async def _watch(self) -> None:
-        """Look for peers that are ahead: after a partition nobody else may tell.
-
-        Ahead is who had more samples at the look before than this peer has now. In a swarm that is
-        one, everybody has the same a moment later.
-        """
-        ahead = 0
-        async for records in self._directory.watch(self.config.run_id, WATCH_S):
-            others = [
-                record
-                for record in records
-                if record.peer_id != self._identity.peer_id and record.hosts and record.port
-            ]
-            if self._ending is not None or not others:
-                continue
-            best = max(others, key=lambda record: record.samples)
-            if ahead > self._protocol.head.samples:
-                self._start_catching_up(
-                    Contact(best.peer_id, best.hosts, best.port, best.certificate_sha256)
-                )
-            ahead = best.samples
-
-    async def _announce(self, me: Member, maddrs: Callable[[], tuple[str, ...]]) -> None:
-        """Keep this peer's record in the directory fresh."""
-        while True:
-            announced = await self._announce_once(self._record(me, maddrs(), leaving=False))
-            await asyncio.sleep(PEER_REFRESH_S if announced else WATCH_S)
-
-    async def _announce_once(self, record: PeerRecord) -> bool:
-        try:
-            await self._directory.announce(record)
-        except (PeerError, RecordError) as error:
-            logger.warning("session.announce_failed %s", error)
-            return False
-        return True
-
-    def _record(self, me: Member, maddrs: tuple[str, ...], *, leaving: bool) -> PeerRecord:
+    def _record(self, me: Member, maddrs: tuple[str, ...]) -> PeerRecord:
         head = self._protocol.head
         return PeerRecord(
             peer_id=me.peer_id,
@@ -642,9 +727,10 @@ class Session:
             upload_bps=0.0,
             download_bps=0.0,
             round=head.round,
-            samples=head.samples,
+            # Who is a member goes by this: never to a state that nobody has a seat to go on from.
+            samples=head.samples if self._protocol.is_member else 0,
             head=head.digest,
-            leaving=leaving,
+            leaving=False,
             expires_at=time.time() + PEER_TTL_S,
         )
 
@@ -653,10 +739,10 @@ class Session:
     async def deliver(self, sender: str, message: bytes) -> bytes:
         """One small message; a `Hello` is answered, everything else only confirmed."""
         content = wire.decode(message)
-        if self._machine is None or self._replica is None:
+        if self._machine is None:
             raise StateError("this peer has no state yet")
         if isinstance(content, Hello):
-            return transfer.answer_hello(self._replica, content)
+            return self._serving.answer(content)
         self._do(self._machine.receive(sender, content, self._now()))
         return b""
 
@@ -672,17 +758,24 @@ class Session:
         except TimeoutError as error:
             raise ProtocolViolation(sender, "opened an exchange of an unknown plan") from error
         async with contextlib.aclosing(
-            self._butterflies[header.plan].serve(sender, frames)
+            self._butterflies[header.plan].serve(sender, header.slice, frames)
         ) as reduced:
             async for frame in reduced:
                 yield frame
 
     async def fetch(self, sender: str, request: bytes) -> AsyncIterator[bytes]:
         """Somebody missed something."""
-        if self._replica is None:
-            raise StateError("this peer has no state yet")
-        async for frame in transfer.serve(self._replica, sender, wire.decode_fetch(request)):
-            yield frame
+        wanted = wire.decode_fetch(request)
+        if isinstance(wanted, FetchChunks):
+            butterfly = self._butterflies.get(wanted.plan)
+            if butterfly is None:
+                raise StateError("nothing of this plan is held")
+            for frame in butterfly.frames(wanted):
+                yield frame
+            return
+        async with contextlib.aclosing(self._serving.serve(sender, wanted)) as frames:
+            async for frame in frames:
+                yield frame
 
     # -- small things -------------------------------------------------------------------------
 
@@ -698,6 +791,12 @@ class Session:
     def _held(self) -> Replica:
         assert self._replica is not None
         return self._replica
+
+    @property
+    def _serving(self) -> Donor:
+        if self._donor is None:
+            raise StateError("this peer has no state yet")
+        return self._donor
 
     def _compute(self, work: Callable[..., T], *args: object) -> asyncio.Future[T]:
         return asyncio.get_running_loop().run_in_executor(self._executor, work, *args)
@@ -718,6 +817,8 @@ class Session:
         self._do(self._protocol.work_done(round, samples, self._now()))
 
     def _leave(self) -> None:
+        if self._keeper is not None:
+            self._keeper.save()  # while the others let this peer go
         if self._machine is not None:
             self._do(self._machine.leave(self._now()))
 
@@ -725,6 +826,36 @@ class Session:
         self._last_round = round
         if self._machine is not None:
             self._do(self._machine.finish_after(round, self._now()))
+
+
+class _Lines:
+    """The wire as a butterfly sees it (`butterfly.Network`).
+
+    Args:
+        client: dials.
+        membership: knows the addresses.
+    """
+
+    def __init__(self, client: Client, membership: Membership) -> None:
+        self._client = client
+        self._membership = membership
+
+    def connect(self, peer: str) -> AbstractAsyncContextManager[ExchangeStream]:
+        """Open a stream to a reducer."""
+        return self._client.exchange(self._contact(peer))
+
+    def fetch(
+        self, peer: str, request: FetchChunks, timeout_s: float
+    ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
+        """Ask a member for chunks."""
+        raw = wire.encode_fetch(request)
+        return contextlib.aclosing(self._client.fetch(self._contact(peer), raw, timeout_s))
+
+    def _contact(self, peer: str) -> Contact:
+        member = self._membership.member(peer)
+        if member is None:
+            raise ProtocolViolation(peer, "is a member without an address")
+        return member.contact
 
 
 class _Over(Exception):

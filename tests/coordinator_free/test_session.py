@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,8 +37,10 @@ class Peer:
 
 
 class Swarm:
-    def __init__(self, config: RoundConfig) -> None:
+    def __init__(self, config: RoundConfig, numel: int, serve_bps: float) -> None:
         self.config = config
+        self.numel = numel
+        self.serve_bps = serve_bps
         self.records = InMemoryNetwork()
         self.identities: list[Identity] = []
         self.peers: list[Peer] = []
@@ -48,23 +51,35 @@ class Swarm:
         *,
         samples: int = 10,
         founder_again: bool = False,
+        identity: Identity | None = None,
+        disk: Path | None = None,
     ) -> Peer:
-        """One more peer; the first one founds the swarm."""
-        identity = self.identities[0] if founder_again else Identity.generate()
+        """One more peer; the first one founds the swarm, and no other peer does.
+
+        Args:
+            work: plays the training.
+            samples: that it claims to have trained on.
+            founder_again: it is the first one, restarted.
+            identity: it is this one, restarted.
+            disk: where it keeps its checkpoints.
+        """
+        identity = self.identities[0] if founder_again else identity or Identity.generate()
         self.identities.append(identity)
         session = Session(
             SessionConfig(
                 run_id=RUN,
                 creator=self.identities[0].peer_id,
                 layout="00",
-                numel=NUMEL,
+                numel=self.numel,
                 round=self.config,
                 outer=OuterConfig(),
+                serve_bps=self.serve_bps,
+                checkpoints=disk / identity.peer_id if disk is not None else None,
             ),
             identity=identity,
             directory=InMemoryDirectory(identity, self.records),
         )
-        initial = torch.zeros(NUMEL) if founder_again or not self.peers else None
+        initial = torch.zeros(self.numel) if founder_again or not self.peers else None
         rejoin_s = 3.0 if founder_again else 0.0
         number = len(self.peers)
         results: list[RoundResult] = []
@@ -75,7 +90,7 @@ class Swarm:
                 local = (
                     work(given.theta_N, given.round)
                     if work is not None
-                    else given.theta_N - torch.arange(NUMEL) * (number + 1) / NUMEL
+                    else given.theta_N - torch.arange(self.numel) * (number + 1) / self.numel
                 )
                 try:
                     results.append(session.submit(local, samples))
@@ -94,6 +109,16 @@ class Swarm:
         self.peers.append(peer)
         return peer
 
+    async def kill_all(self) -> None:
+        """No farewell, and what they announced is forgotten."""
+        peers, self.peers = self.peers, []
+        for peer in peers:
+            peer.network.cancel()
+        await asyncio.gather(*(peer.network for peer in peers), return_exceptions=True)
+        for peer in peers:
+            await asyncio.to_thread(peer.trainer.join, 5)
+        self.records.peers.clear()
+
     async def until(self, condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
         async with asyncio.timeout(timeout_s):
             while not condition():
@@ -104,8 +129,10 @@ class Swarm:
 
 
 @asynccontextmanager
-async def swarm(config: RoundConfig) -> AsyncIterator[Swarm]:
-    created = Swarm(config)
+async def swarm(
+    config: RoundConfig, *, numel: int = NUMEL, serve_bps: float = 0.0
+) -> AsyncIterator[Swarm]:
+    created = Swarm(config, numel, serve_bps)
     try:
         yield created
     finally:
@@ -224,3 +251,88 @@ async def test_broken_values_of_one_peer_stay_out_of_the_average() -> None:
         state = three.peers[0].session.final_N
         assert torch.isfinite(state).all()
         assert (state < -1.0).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [0, 1])
+async def test_when_all_were_killed_the_run_goes_on_from_disk(tmp_path: Path, first: int) -> None:
+    config = RoundConfig(start_peers=2, provisional_s=2.0)
+    async with swarm(config) as two:
+        old = [two.start(disk=tmp_path), two.start(disk=tmp_path)]
+        await two.until(lambda: all(len(peer.results) >= 3 for peer in old))
+        await two.kill_all()
+        reached = max(max(rounds_of(peer)) for peer in old)
+        digests = rounds_of(old[0]) | rounds_of(old[1])
+        again = [two.start(identity=two.identities[i], disk=tmp_path) for i in (first, 1 - first)]
+        await two.until(lambda: all(len(peer.results) >= 3 for peer in again), 60)
+        begun = [min(rounds_of(peer)) for peer in again]
+        assert reached + 1 <= min(begun) <= reached + 2
+        assert any(r.included and r.members == 2 for r in again[0].results)
+        assert rounds_of(again[0]).items() & rounds_of(again[1]).items()
+        assert len(digests) >= 3
+
+
+@pytest.mark.slow
+async def test_one_who_comes_back_alone_goes_on_alone(tmp_path: Path) -> None:
+    async with swarm(RoundConfig(start_peers=2, provisional_s=2.0)) as two:
+        old = [two.start(disk=tmp_path), two.start(disk=tmp_path)]
+        await two.until(lambda: all(len(peer.results) >= 3 for peer in old))
+        await two.kill_all()
+        alone = two.start(identity=two.identities[1], disk=tmp_path)
+        await two.until(lambda: len(alone.results) >= 2, 60)
+        assert alone.results[0].round >= 2
+        assert alone.results[0].members == 1
+        samples = alone.session.status().samples
+        assert samples == (alone.results[0].round) * 20 + len(alone.results) * 10
+
+
+@pytest.mark.slow
+async def test_who_left_politely_can_go_on_with_what_the_others_had(tmp_path: Path) -> None:
+    async with swarm(RoundConfig(start_peers=2, provisional_s=2.0)) as two:
+        leaver, stayer = two.start(disk=tmp_path), two.start(disk=tmp_path)
+        await two.until(lambda: all(len(peer.results) >= 3 for peer in two.peers))
+        leaver.session.stop()
+        await asyncio.wait_for(leaver.network, 20)
+        left = rounds_of(leaver)
+        assert stayer.session.status().round > max(left)
+        await two.kill_all()
+        again = two.start(identity=two.identities[0], disk=tmp_path)
+        await two.until(lambda: len(again.results) >= 1, 60)
+        assert again.results[0].round == max(left) + 1
+
+
+@pytest.mark.slow
+async def test_the_newest_of_those_who_come_back_is_what_the_run_goes_on_from(
+    tmp_path: Path,
+) -> None:
+    async with swarm(RoundConfig(start_peers=2, provisional_s=2.0)) as two:
+        first, second = two.start(disk=tmp_path), two.start(disk=tmp_path)
+        await two.until(lambda: all(len(peer.results) >= 2 for peer in two.peers))
+        two.peers.remove(first)
+        first.network.cancel()
+        await asyncio.gather(first.network, return_exceptions=True)
+        behind = max(rounds_of(first))
+        await two.until(lambda: max(rounds_of(second)) >= behind + 5, 60)
+        ahead = max(rounds_of(second))
+        await two.kill_all()
+        again = two.start(identity=two.identities[0], disk=tmp_path)
+        other = two.start(identity=two.identities[1], disk=tmp_path)
+        await two.until(lambda: len(again.results) >= 2 and len(other.results) >= 2, 60)
+        assert min(rounds_of(again)) >= ahead
+        assert min(rounds_of(other)) >= ahead
+
+
+@pytest.mark.slow
+async def test_a_restart_among_the_living_revives_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with swarm(RoundConfig(start_peers=3, provisional_s=2.0)) as three:
+        for _ in range(3):
+            three.start(disk=tmp_path)
+        await three.until(lambda: all(len(peer.results) >= 2 for peer in three.peers))
+        victim = three.peers.pop()
+        victim.network.cancel()
+        await asyncio.gather(victim.network, return_exceptions=True)
+        again = three.start(identity=three.identities[2], disk=tmp_path)
+        await three.until(lambda: any(r.members == 3 for r in again.results), 60)
+        assert "session.revived" not in caplog.text
