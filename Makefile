@@ -11,7 +11,7 @@ BIN := .venv/bin
 PROTOS := $(sort $(wildcard */proto/*.proto))
 PROTOC := $(BIN)/python -m grpc_tools.protoc -I .
 
-.PHONY: help demo test unit lint types imports stubs proto test-docker venv venv-dev clean
+.PHONY: help demo test unit lint types imports stubs proto soak test-docker venv venv-dev clean
 .NOTPARALLEL: # the checks of `make test` are cheap first, and its last line is pytest's
 .DEFAULT_GOAL := help
 
@@ -47,6 +47,9 @@ stubs: venv-dev ## the committed protobuf stubs are what their .proto files gene
 
 proto: venv-dev ## generate the protobuf stubs anew
 	@$(PROTOC) --python_out=. --pyi_out=. $(PROTOS)
+
+soak: venv-dev ## the simulator, for as many seeds as you like; SEEDS=100000
+	@exec $(BIN)/python -m tests.sim.soak --seeds $(or $(SEEDS),1000)
 
 test-docker: ## build the image and train with compose; needs a Docker engine
 	@exec bash tests/docker/run.sh

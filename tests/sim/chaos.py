@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from coordinator_free.certificates import Head
 from coordinator_free.config import RoundConfig
 from tests.sim.world import Faults, World
 
@@ -9,14 +10,23 @@ PEERS = 5
 TROUBLE_S = 60.0
 
 
-def swarm(seed: int, size: int, *, faults: Faults | None = None, rounds: int = 0) -> World:
+def swarm(
+    seed: int,
+    size: int,
+    *,
+    faults: Faults | None = None,
+    rounds: int = 0,
+    save_every: int = 0,
+    clients: int = 0,
+) -> World:
     """`size` peers that have gathered and begun their first round."""
     config = RoundConfig(grace_s=5.0, exchange_s=10.0, start_peers=size, rounds=rounds)
-    world = World(seed, config=config, faults=faults)
+    world = World(seed, config=config, faults=faults, save_every=save_every)
+    world.clients = frozenset(f"p{index}" for index in range(size - clients, size))
     world.found("p0")
     for index in range(1, size):
         world.join(f"p{index}", "p0")
-    world.run(lambda: all(len(p.machine.head.roster) == size for p in world.live), limit_s=30)
+    world.run(lambda: all(len(p.machine.head.roster) == size for p in world.live), limit_s=90)
     return world
 
 
@@ -26,14 +36,16 @@ def trouble(seed: int) -> World:
     Raises:
         Diverged: the checker found two truths.
     """
-    faults = Faults(loss=0.02, duplicate=0.05, delay_s=(0.001, 0.3))
-    world = swarm(seed, PEERS, faults=faults)
+    faults = Faults(
+        loss=0.02, duplicate=0.05, delay_s=(0.001, 0.3), leaf_s=(0.02, 1.5), wrong_leaf=0.02
+    )
+    world = swarm(seed, PEERS, faults=faults, save_every=1, clients=max(0, seed % 5 - 2))
     chance = world.random
     everybody = {f"p{index}" for index in range(PEERS)}
     for _ in range(8):
         name = f"p{chance.randrange(PEERS)}"
         when = chance.uniform(0, 40)
-        match chance.choice(["crash", "freeze", "cut", "restart"]):
+        match chance.choice(["crash", "freeze", "cut", "restart", "reboot"]):
             case "crash":
                 world.at(when, lambda name=name: world.crash(name))
             case "freeze":
@@ -45,6 +57,10 @@ def trouble(seed: int) -> World:
             case "restart":
                 world.at(when, lambda name=name: world.crash(name))
                 world.at(when + chance.uniform(0, 5), lambda name=name: revive(world, name))
+            case "reboot":
+                world.at(when, lambda name=name: world.crash(name))
+                world.at(when + chance.uniform(0, 5), lambda name=name: world.restart(name))
+    world.at(TROUBLE_S, lambda: None)  # time passes also where everybody is dead
     world.run(lambda: world.now > TROUBLE_S, limit_s=TROUBLE_S + 20)
     return world
 
@@ -54,14 +70,20 @@ def calm(world: World) -> None:
 
     Raises:
         AssertionError: they do not.
+        Diverged: what they hold is not what was decided.
     """
     world.heal()
     world.faults = Faults()
-    if not any(peer.machine.is_member for peer in world.live):
-        return  # the whole roster died: only a copy on disk could go on
+    if not any(peer.machine.is_member and peer.me.can_reduce for peer in world.live):
+        for name, peer in list(world.peers.items()):
+            if not peer.alive:
+                world.restart(name)  # all who could lead died: their disks go on
+    if not any(peer.me.can_reduce for peer in world.live):
+        return  # not even a disk: nobody had averaged a round
     best = max(peer.machine.head.round for peer in world.live)
     world.run(lambda: world.all_at(best + 2), limit_s=180)
     world.run(world.one_branch, limit_s=60)
+    world.check_history()
 
 
 def revive(world: World, name: str) -> None:
@@ -69,3 +91,31 @@ def revive(world: World, name: str) -> None:
     if donors:
         world.crash(name)
         world.join(name, world.random.choice(donors))
+
+
+def total_stop(seed: int) -> tuple[World, bytes]:
+    """Everybody is killed at once, and some of them come back from their disks.
+
+    Returns:
+        The world some seconds later, and the state root of the newest save among those.
+    """
+    chance = World(seed, config=RoundConfig()).random
+    world = swarm(seed, chance.randint(1, 5), save_every=chance.randint(1, 3))
+    world.run(lambda: world.all_at(4), limit_s=90)
+    if len(world.peers) > 2 and chance.random() < 0.5:  # one of them is behind
+        name = chance.choice(sorted(world.peers))
+        world.crash(name)
+        world.run(lambda: world.all_at(8), limit_s=120)
+    else:
+        end = world.now + chance.uniform(0, 3)
+        world.run(lambda: world.now >= end, limit_s=10)
+    names = sorted(world.peers)
+    for name in names:
+        world.crash(name)
+    back = chance.sample(names, chance.randint(1, len(names)))
+    for name in back:
+        world.at(chance.uniform(0, 3), lambda name=name: world.restart(name))
+    saves = [saved for name in back for saved in world.disks.get(name, ())]
+    newest = max((saved.chain_end[-1] for saved in saves), key=lambda c: Head.after(c).rank)
+    world.run(lambda: len(world.live) == len(back), limit_s=5)
+    return world, newest.outcome.state_root

@@ -1,9 +1,13 @@
 """A whole swarm in one process: the shipped machines under a virtual clock and one seed.
 
 Messages are encoded and decoded as on the wire, delayed, reordered, duplicated and lost; peers
-crash, restart without memory, freeze and are cut off. The butterfly is played: it takes a while and
-comes to nothing for a member that cannot reach another one of its plan. After every event the
-world checks that no two certificates disagree.
+crash, restart with or without what they had on disk, freeze and are cut off. The butterfly is
+played: it takes a while and gives a member only some chunks of a reducer that it cannot reach or
+that dies or freezes meanwhile. A peer that is new, too far behind or on a branch that lost gets the
+whole state from several donors while the swarm goes on, and replays what was committed meanwhile:
+which leaf comes from whom, and what donors keep, is decided by the shipped code (`getting`). What
+is played of catching up is `catchup` around that: whom to ask, and when to replay instead. After
+every event the world checks that no two certificates disagree.
 """
 
 from __future__ import annotations
@@ -11,29 +15,38 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from blake3 import blake3
 
-from coordinator_free import actions, certificates, wire
+from coordinator_free import actions, certificates, revival, wire
+from coordinator_free.catchup import Lookout, Shown
 from coordinator_free.certificates import Head
+from coordinator_free.chain import follows
 from coordinator_free.config import Layout, RoundConfig
 from coordinator_free.machine import Machine
 from coordinator_free.messages import (
     NO_DIGEST,
     Certificate,
     Commit,
+    Join,
     Kind,
     Member,
     Message,
     Outcome,
     Plan,
 )
+from coordinator_free.partition import runs_of
+from coordinator_free.replica import State
+from tests.sim.getting import INITIAL, Getting, Giver, after, contents
 
 RUN = "00" * 20
+PLAN_S = 5.0
+FETCHES_BEFORE_RESYNC = 3
 TICK_S = 0.2
 WATCH_S = 5.0
+FIND_S = 1.0  # before a newcomer that found nobody looks again
 
 
 class Diverged(AssertionError):
@@ -56,24 +69,69 @@ def check(peer_id: str, domain: bytes, message: bytes, signature: bytes) -> bool
 
 @dataclass(kw_only=True)
 class Faults:
-    """What the network does to a message; probabilities per message."""
+    """What the network does to a message, and donors to a leaf; probabilities per message."""
 
     loss: float = 0.0
     duplicate: float = 0.0
     delay_s: tuple[float, float] = (0.001, 0.05)
+    leaf_s: tuple[float, float] = (0.01, 0.1)  # a leaf of a state takes so long
+    wrong_leaf: float = 0.0
 
 
 @dataclass(kw_only=True)
 class Peer:
     me: Member
     machine: Machine
+    state: State
     alive: bool = True
     frozen_until: float = 0.0
-    state_root: bytes = NO_DIGEST
+    getting: bool = False  # a whole state is on its way
     outcomes: dict[bytes, Outcome] = field(default_factory=dict)
     certificates: list[Certificate] = field(default_factory=list)
+    chunks: dict[bytes, dict[int, Averaged]] = field(default_factory=dict)  # by plan
+    averages: set[bytes] = field(default_factory=set)  # roots
+    failed_fetches: int = 0
+    without: set[str] = field(default_factory=set)  # reducers given up in the exchange under way
+    lookout: Lookout = field(default_factory=Lookout)
+    slowness: float = 1.0
+    work: tuple[float, float, int] = (0.0, 1.0, 0)  # began, takes so long, gives so many samples
     finished: bool = False
     left: bool = False
+    giver: Giver = field(init=False)
+
+    @property
+    def state_root(self) -> bytes:
+        return self.state.root
+
+
+@dataclass(kw_only=True)
+class Newcomer:
+    """A peer that has not got a state yet, and so no place in any round."""
+
+    me: Member
+    alive: bool = True
+    frozen_until: float = 0.0
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint: the newest certificate, the one that proves it, and the state it names."""
+
+    chain_end: tuple[Certificate, ...]
+    state: State
+
+
+@dataclass(frozen=True)
+class Averaged:
+    """A chunk: what names its bytes, and whose work is in them."""
+
+    version: bytes
+    contributors: frozenset[str]
+
+
+def _averaged(digest: bytes, chunk: int, contributors: frozenset[str]) -> Averaged:
+    text = digest + chunk.to_bytes(4, "big") + "|".join(sorted(contributors)).encode()
+    return Averaged(blake3(text).digest(), contributors)
 
 
 class World:
@@ -87,6 +145,7 @@ class World:
         faults: Faults | None = None,
         work_s: tuple[float, float] = (1.0, 2.0),
         exchange_s: tuple[float, float] = (0.2, 0.6),
+        save_every: int = 0,
     ) -> None:
         self.random = random.Random(seed)
         self.now = 0.0
@@ -94,10 +153,20 @@ class World:
         self.faults = faults or Faults()
         self.work_s = work_s
         self.exchange_s = exchange_s
+        self.save_every = save_every
+        self.disks: dict[str, list[Saved]] = {}  # what each peer saved, in order
+        self.revived = 0
+        self.downloads: list[dict[str, int]] = []  # whole states that came: leaves by donor
+        self.lost_downloads = 0  # nobody had the state any more
+        self.lies_noticed = 0
         self.peers: dict[str, Peer] = {}
+        self.newcomers: dict[str, Newcomer] = {}
+        self.clients: frozenset[str] = frozenset()  # can neither lead nor reduce
         self.cut: set[frozenset[str]] = set()
         self.decided: dict[tuple[int, bytes], Certificate] = {}
-        self.rounds_committed: dict[str, int] = {}
+        self.by_head: dict[bytes, Certificate] = {}
+        self.trace = blake3()  # of everything that happened, to see that a seed replays
+        self.reduced: dict[tuple[bytes, str], frozenset[str]] = {}
         self.voids = 0
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
@@ -106,12 +175,22 @@ class World:
 
     def found(self, name: str) -> Peer:
         me = self._member(name)
-        certificate = certificates.found(RUN, me, Key(name), blake3(b"initial").digest())
-        return self._start(me, certificate)
+        certificate = certificates.found(RUN, me, Key(name), INITIAL.root)
+        return self._start(me, INITIAL, [certificate])
 
-    def join(self, name: str, donor: str) -> Peer:
-        """A peer with no memory starts from a live donor's newest state."""
-        return self._start(self._member(name), self.peers[donor].machine.certificate)
+    def join(self, name: str, contact: str) -> None:
+        """A peer with no memory looks for a state to start from, at first where `contact` is."""
+        self.newcomers[name] = newcomer = Newcomer(me=self._member(name))
+        self._find(newcomer, contact)
+
+    def restart(self, name: str) -> Peer | None:
+        """A peer starts again from its disk; None if there is nothing on it."""
+        self.crash(name)
+        whole = self.disks.get(name)
+        if not whole:
+            return None
+        newest = max(whole, key=lambda saved: Head.after(saved.chain_end[-1]).rank)
+        return self._start(self._member(name), newest.state, newest.chain_end)
 
     def _member(self, name: str) -> Member:
         return Member(
@@ -120,38 +199,40 @@ class World:
             hosts=("sim",),
             port=1,
             certificate_sha256=NO_DIGEST,
-            can_reduce=True,
+            can_reduce=name not in self.clients,
         )
 
-    def _start(self, me: Member, certificate: Certificate) -> Peer:
-        peer = Peer(
-            me=me,
-            machine=Machine(
-                me=me,
-                run_id=RUN,
-                layout=Layout(numel=10_000, chunk_elements=1024),
-                config=self.config,
-                certificate=certificate,
-                signer=Key(me.peer_id),
-                check=check,
-                now=self.now,
-            ),
-            state_root=certificate.outcome.state_root,
-        )
-        peer.certificates.append(certificate)
+    def _start(self, me: Member, state: State, links: Sequence[Certificate]) -> Peer:
+        peer = Peer(me=me, machine=self._machine(me, links[-1]), state=state)
+        peer.giver = Giver(peer, lambda: self.now)
+        peer.certificates.extend(links)
         self.peers[me.peer_id] = peer
         self._do(peer, peer.machine.start(self.now))
         self._tick(peer)
         self._watch(peer)
+        self._come_back(peer, b"", 0.0)
         return peer
+
+    def _machine(self, me: Member, certificate: Certificate) -> Machine:
+        return Machine(
+            me=me,
+            run_id=RUN,
+            layout=Layout(numel=40_000, largest_chunk=1024),
+            config=self.config,
+            certificate=certificate,
+            signer=Key(me.peer_id),
+            check=check,
+            now=self.now,
+        )
 
     # -- faults -------------------------------------------------------------------------------
 
     def crash(self, name: str) -> None:
+        self.newcomers.pop(name, None)
         self.peers[name].alive = False
 
     def freeze(self, name: str, seconds: float) -> None:
-        self.peers[name].frozen_until = self.now + seconds
+        (self.newcomers.get(name) or self.peers[name]).frozen_until = self.now + seconds
 
     def partition(self, *sides: set[str]) -> None:
         self.cut = {
@@ -176,6 +257,7 @@ class World:
             assert self._events, "nothing is left to happen"
             self.now, _, event = heapq.heappop(self._events)
             assert self.now <= end, f"not within {limit_s} s: {self.describe()}"
+            self.trace.update(repr(self.now).encode())
             event()
 
     def describe(self) -> str:
@@ -196,15 +278,50 @@ class World:
         chain = {wire.head_digest(c.outcome) for c in best.certificates[-3:]}
         return all(peer.machine.head.digest in chain for peer in self.live)
 
+    def check_history(self) -> None:
+        """Whether what the peers hold now is what was decided, one outcome after the other.
+
+        Raises:
+            Diverged: a state is not the replay of its certificates, or a majority's outcome is
+                lost though no majority was ever gone.
+        """
+        for peer in self.live:
+            chain = {}
+            at = peer.machine.head.digest
+            while at in self.by_head:
+                chain[at] = self.by_head[at]
+                at = chain[at].outcome.previous
+            state = INITIAL
+            for certificate in reversed(chain.values()):
+                if certificate.outcome.kind == Kind.AVERAGE:
+                    state = after(state, certificate.outcome.vector_root)
+            if (
+                contents(state) != contents(peer.state)
+                or state.root != peer.machine.head.state_root
+            ):
+                raise Diverged(f"the state of {peer.me.peer_id} is not what was decided")
+            # From where a provisional branch began, another one may have been given up for it.
+            heights = [c.outcome.height for c in self.by_head.values() if c.provisional]
+            until = min([*heights, peer.machine.head.height])
+            lost = [
+                certificate
+                for digest, certificate in self.by_head.items()
+                if certificate.outcome.height < until and digest not in chain
+            ]
+            if lost:
+                raise Diverged(f"{len(lost)} committed outcomes are lost at {peer.me.peer_id}")
+
     def all_at(self, round: int) -> bool:
-        return all(peer.machine.head.round >= round for peer in self.live)
+        """Whether everybody got that far, those included who came as newcomers."""
+        return not self.newcomers and all(peer.machine.head.round >= round for peer in self.live)
 
     # -- the shell ----------------------------------------------------------------------------
 
-    def _runs(self, peer: Peer) -> bool:
-        return peer.alive and self.peers.get(peer.me.peer_id) is peer
+    def _runs(self, peer: Peer | Newcomer) -> bool:
+        name = peer.me.peer_id
+        return peer.alive and (self.peers.get(name) is peer or self.newcomers.get(name) is peer)
 
-    def _later(self, peer: Peer, delay_s: float, event: Callable[[], None]) -> None:
+    def _later(self, peer: Peer | Newcomer, delay_s: float, event: Callable[[], None]) -> None:
         """An event at a peer: not after its death, and not while it is frozen."""
 
         def happen() -> None:
@@ -227,8 +344,11 @@ class World:
             and b in self.peers
             and self.peers[a].alive
             and self.peers[b].alive
-            and frozenset((a, b)) not in self.cut
+            and not self.is_cut(a, b)
         )
+
+    def is_cut(self, a: str, b: str) -> bool:
+        return frozenset((a, b)) in self.cut
 
     def _do(self, peer: Peer, wanted: list[actions.Action]) -> None:
         for action in wanted:
@@ -238,13 +358,15 @@ class World:
                 case actions.StartWork():
                     self._work(peer, action)
                 case actions.CloseWork():
-                    self._hand_in(peer, action.round, self.random.randint(0, 20))
+                    self._close(peer, action.round)
                 case actions.Finished():
                     peer.finished = peer.machine.finished
                 case actions.Left():
                     peer.left = True
                 case actions.StartExchange():
                     self._exchange(peer, action.plan, action.digest)
+                case actions.GoOnWithout():
+                    peer.without |= set(action.peers)
                 case actions.Fetch():
                     self._fetch(peer, action.outcome, action.holders)
                 case actions.Apply():
@@ -257,7 +379,10 @@ class World:
         sender = peer.me.peer_id
         lost = self.random.random() < self.faults.loss
         target = self.peers.get(to)
-        if target is None or not self._reaches(sender, to):
+        known = peer.machine.membership.member(to)
+        # A restarted peer listens elsewhere, under another certificate.
+        moved = target is not None and known is not None and known.session != target.me.session
+        if target is None or moved or not self._reaches(sender, to):
             self._later(
                 peer,
                 0.01 if target is None or not target.alive else 1.0,
@@ -271,54 +396,188 @@ class World:
             self._later(
                 target,
                 self.random.uniform(*self.faults.delay_s),
-                lambda: self._do(
-                    target, target.machine.receive(sender, wire.decode(raw), self.now)
-                ),
+                lambda: self._receive(target, sender, raw),
             )
 
+    def _receive(self, peer: Peer, sender: str, raw: bytes) -> None:
+        self.trace.update(raw)
+        self._do(peer, peer.machine.receive(sender, wire.decode(raw), self.now))
+
     def _work(self, peer: Peer, action: actions.StartWork) -> None:
-        self._later(
-            peer,
-            self.random.uniform(*self.work_s),
-            lambda: self._hand_in(peer, action.round, self.random.randint(1, 100)),
-        )
+        takes_s = self.random.uniform(*self.work_s) * peer.slowness
+        samples = self.random.randint(50, 100)
+        peer.work = (self.now, takes_s, samples)
+        self._later(peer, takes_s, lambda: self._hand_in(peer, action.round, samples))
+
+    def _close(self, peer: Peer, round: int) -> None:
+        """Hand in what is done by now."""
+        began, takes_s, samples = peer.work
+        self._hand_in(peer, round, int(samples * min(1.0, (self.now - began) / takes_s)))
 
     def _hand_in(self, peer: Peer, round: int, samples: int) -> None:
         self._do(peer, peer.machine.work_done(round, samples, self.now))
 
-    def _watch(self, peer: Peer, ahead: int = 0) -> None:
+    def _watch(self, peer: Peer) -> None:
         """The look into the directory, which shows everybody's samples, cut off or not."""
-        others = [other for other in self.live if other is not peer]
-        best = max(others, key=lambda other: other.machine.head.samples, default=None)
-        if best is not None and ahead > peer.machine.head.samples:
+        shown = {
+            other.me.peer_id: Shown(
+                other.machine.head.samples if other.machine.is_member else 0,
+                other.machine.head.digest,
+            )
+            for other in self.live
+            if other is not peer
+        }
+        machine = peer.machine
+        ask = peer.lookout.whom_to_ask(shown, machine.head, machine.knows)
+        if ask is not None:
+            self._catch_up(peer, ask)
+        self._later(peer, WATCH_S, lambda: self._watch(peer))
+
+    def _come_back(self, peer: Peer, head: bytes, since: float) -> None:
+        """What a session does for a peer without a seat when nobody of the roster is there."""
+        machine = peer.machine
+        stranded = revival.is_stranded(machine)
+        if not stranded or machine.head.digest != head:
+            head, since = machine.head.digest, self.now
+        self._later(peer, revival.LOOK_S, lambda: self._come_back(peer, head, since))
+        if not stranded:
+            return
+        name = peer.me.peer_id
+        others = [p for p in self.live if p is not peer and self._reaches(name, p.me.peer_id)]
+        for other in others:
+            join = Join(member=peer.me, height=machine.head.height)
+            self._later(
+                other,
+                self.random.uniform(*self.faults.delay_s),
+                lambda other=other, join=join: self._do(
+                    other, other.machine.receive(name, join, self.now)
+                ),
+            )
+        further = [other for other in others if machine.yields_to(other.machine.head)]
+        best = max(further, key=lambda other: other.machine.head.rank, default=None)
+        if best is not None:
             self._catch_up(peer, best.me.peer_id)
-        samples = best.machine.head.samples if best is not None else 0
-        self._later(peer, WATCH_S, lambda: self._watch(peer, samples))
+            return
+        chain_end = peer.certificates[-2:]
+        waited_s = self.now - since
+        revived = revival.revival(machine, chain_end, Key(name), waited_s, self.now)
+        if revived is not None:
+            self.revived += 1
+            if revived.outcome.height == chain_end[-1].outcome.height:
+                peer.certificates.pop()
+            peer.certificates.append(revived)
+            self.by_head[wire.head_digest(revived.outcome)] = revived
+            peer.machine = self._machine(peer.me, revived)
+            self._do(peer, peer.machine.start(self.now))
+
+    def _save(self, peer: Peer) -> None:
+        """A checkpoint, by the rules of `checkpoints.Keeper`."""
+        outcome, name = peer.certificates[-1].outcome, peer.me.peer_id
+        chain_end = tuple(peer.certificates[-2:])
+        due = self.save_every and outcome.round % self.save_every == 0
+        whole = len(chain_end) == 2 and certificates.has_vote(chain_end, name)
+        if due and whole and outcome.kind == Kind.AVERAGE:
+            self.disks.setdefault(name, []).append(Saved(chain_end, peer.state))
+            del self.disks[name][:-3]
 
     def _exchange(self, peer: Peer, plan: Plan, digest: bytes) -> None:
-        vector_root = blake3(b"vector" + digest).digest()
-        state_root = blake3(peer.state_root + vector_root).digest()
+        """Get every slice from its reducer and every kept run from a holder, or a part of it."""
+        me = peer.me.peer_id
+        deadline, patience = self.now + plan.exchange_s, self.now + PLAN_S
+        chunks: dict[int, Averaged] = {}
+        peer.chunks[digest] = chunks
+        base = peer.chunks.get(plan.base, {})
+        for kept in plan.kept:
+            for chunk in range(kept.start, kept.stop):
+                if chunk in base:
+                    chunks[chunk] = base[chunk]
+        peer.without = set()
+        waiting = {piece.reducer for piece in plan.slices}
+        lost: set[str] = set()
 
-        def end() -> None:
-            lost = tuple(
-                p
-                for p in plan.receivers
-                if not self._reaches(peer.me.peer_id, p) and p != peer.me.peer_id
+        def step() -> None:
+            if next(reversed(peer.chunks)) != digest:
+                return  # another plan has begun
+            for name in sorted(waiting):
+                reducer = self.peers.get(name)
+                reached = name == me or self._reaches(me, name)
+                ready = reached and reducer is not None and digest in reducer.chunks
+                frozen = reached and reducer is not None and reducer.frozen_until > self.now
+                late = self.now >= deadline or name in peer.without
+                # A reducer that has not heard of the plan yet is waited for, not for ever.
+                if reached and (frozen or (not ready and self.now < patience)) and not late:
+                    continue
+                waiting.discard(name)
+                who = self._contributors(plan, digest, name) if ready and not frozen else None
+                for piece in plan.slices:
+                    if piece.reducer == name and ready:
+                        stop = piece.stop if who else self.random.randrange(piece.start, piece.stop)
+                        for chunk in range(piece.start, stop):
+                            whose = who or self._contributors(plan, digest, name)
+                            chunks[chunk] = _averaged(digest, chunk, whose)
+                if not who:
+                    lost.add(name)
+            if waiting:
+                self._later(peer, 0.5, step)
+                return
+            for kept in plan.kept:
+                for holder in kept.holders:
+                    if holder == me or not self._answers(me, holder):
+                        continue
+                    theirs = self.peers[holder].chunks.get(plan.base, {})
+                    for chunk in range(kept.start, kept.stop):
+                        if chunk not in chunks and chunk in theirs:
+                            chunks[chunk] = theirs[chunk]
+            if len(chunks) < plan.chunks:
+                held = runs_of(sorted(chunks))
+                gone = tuple(sorted(lost))
+                self._do(peer, peer.machine.exchange_failed(digest, gone, held, self.now))
+                return
+            root = blake3(b"".join(chunks[n].version for n in sorted(chunks))).digest()
+            peer.averages.add(root)
+            present = frozenset().union(*(chunk.contributors for chunk in chunks.values()))
+            self._do(
+                peer,
+                peer.machine.exchange_done(
+                    digest,
+                    root,
+                    after(peer.state, root).root,
+                    self.now,
+                    absent=tuple(c.peer_id for c in plan.contributions if c.peer_id not in present),
+                ),
             )
-            if lost:
-                self._do(peer, peer.machine.exchange_failed(digest, lost, self.now))
-            else:
-                self._do(
-                    peer,
-                    peer.machine.exchange_done(digest, vector_root, state_root, (), self.now),
-                )
 
-        self._later(peer, self.random.uniform(*self.exchange_s), end)
+        self._later(peer, self.random.uniform(*self.exchange_s), step)
+
+    def _contributors(self, plan: Plan, digest: bytes, reducer: str) -> frozenset[str]:
+        """Whose work a reducer has in its slices: what it is when somebody asks first, it stays.
+
+        A reducer that sums up once more, by a mend, may do so without somebody who has died since.
+        """
+        if (digest, reducer) not in self.reduced:
+            self.reduced[digest, reducer] = frozenset(
+                c.peer_id
+                for c in plan.contributions
+                if c.peer_id in plan.receivers
+                and (c.peer_id == reducer or self._answers(reducer, c.peer_id))
+                and digest in self.peers[c.peer_id].chunks
+            )
+        return self.reduced[digest, reducer]
+
+    def _answers(self, a: str, b: str) -> bool:
+        return self._reaches(a, b) and self.peers[b].frozen_until <= self.now
 
     def _fetch(self, peer: Peer, outcome: Outcome, holders: tuple[str, ...]) -> None:
         def end() -> None:
-            held = any(self._reaches(peer.me.peer_id, holder) for holder in holders)
+            me = peer.me.peer_id
+            has = [h for h in holders if h in self.peers and self._answers(me, h)]
+            held = any(outcome.vector_root in self.peers[h].averages for h in has)
+            if held:
+                peer.averages.add(outcome.vector_root)
+            peer.failed_fetches = 0 if held else peer.failed_fetches + 1
             self._do(peer, peer.machine.fetched(outcome, held, self.now))
+            if peer.failed_fetches >= FETCHES_BEFORE_RESYNC and has:
+                self._catch_up(peer, has[0], whole=True)
 
         self._later(peer, 0.3, end)
 
@@ -329,12 +588,11 @@ class World:
             self.voids += 1
             if outcome.state_root != peer.state_root:
                 raise Diverged(f"a regroup changed the state of {peer.me.peer_id}")
-        elif outcome.state_root != blake3(peer.state_root + outcome.vector_root).digest():
-            raise Diverged(f"{peer.me.peer_id} applied what does not follow from its state")
         else:
-            self.rounds_committed[peer.me.peer_id] = outcome.round
-        peer.state_root = outcome.state_root
+            peer.state = self._follow(peer.me.peer_id, peer.state, outcome)
         peer.certificates.append(certificate)
+        self.by_head[wire.head_digest(outcome)] = certificate
+        self._save(peer)
         other = self.decided.setdefault(key, certificate)
         if (
             wire.outcome_digest(other.outcome) != wire.outcome_digest(outcome)
@@ -343,23 +601,95 @@ class World:
         ):
             raise Diverged(f"two majorities at height {outcome.height}: {other} {certificate}")
 
-    def _catch_up(self, peer: Peer, donor: str) -> None:
-        """Ask what was decided: replay it where it follows, take the whole state elsewhere."""
+    def _follow(self, name: str, state: State, outcome: Outcome) -> State:
+        """What this average makes of a peer's state."""
+        state = after(state, outcome.vector_root)
+        if state.root != outcome.state_root:
+            raise Diverged(f"{name} applied what does not follow from its state")
+        return state
+
+    def _catch_up(self, peer: Peer, donor: str, *, whole: bool = False) -> None:
+        """Ask what was decided: replay it where it follows, get the whole state elsewhere."""
 
         def end() -> None:
-            if not self._reaches(peer.me.peer_id, donor):
+            if peer.getting or not self._answers(peer.me.peer_id, donor):
                 return
             source = self.peers[donor]
-            for certificate in source.certificates:
-                if certificate.outcome.previous == peer.machine.head.digest:
+            for certificate in () if whole else source.certificates:
+                outcome = certificate.outcome
+                there = outcome.kind != Kind.AVERAGE or outcome.vector_root in source.averages
+                if outcome.previous == peer.machine.head.digest and there:
                     commit = Commit(certificate=certificate, holders=(donor,))
                     self._do(peer, peer.machine.receive(donor, commit, self.now))
                     if peer.machine.takes(certificate):
                         return
-            newest = source.machine.certificate
-            if Head.after(newest).rank > peer.machine.head.rank:
-                peer.state_root = newest.outcome.state_root
-                peer.certificates = list(source.certificates)
-                self._do(peer, peer.machine.install(newest, self.now))
+            if peer.machine.yields_to(Head.after(source.certificates[-1])):
+                peer.getting = True
+                self._obtain(peer, source, install, lost)
 
-        self._later(peer, 0.2, end)
+        def install(state: State, links: list[Certificate]) -> None:
+            peer.getting = False
+            if peer.machine.yields_to(Head.after(links[-1])):
+                peer.failed_fetches = 0
+                peer.state = state
+                peer.certificates = links
+                self._do(peer, peer.machine.install(links[-1], self.now))
+
+        def lost() -> None:
+            peer.getting = False  # whoever is ahead is noticed once more, at a newer head
+
+        if not peer.getting:
+            self._later(peer, 0.2, end)
+
+    def _find(self, newcomer: Newcomer, contact: str = "") -> None:
+        """Get the state of the furthest head that anybody shows, again and again."""
+        name = newcomer.me.peer_id
+        shown = [peer for peer in self.live if self._is_there(name, peer)]
+        best = max(shown, key=lambda peer: peer.machine.head.rank, default=None)
+        source = next((peer for peer in shown if peer.me.peer_id == contact), best)
+        if source is None:
+            self._later(newcomer, FIND_S, lambda: self._find(newcomer))
+            return
+
+        def begin(state: State, links: list[Certificate]) -> None:
+            del self.newcomers[name]
+            self._start(newcomer.me, state, links)
+
+        self._obtain(newcomer, source, begin, lambda: self._find(newcomer))
+
+    def _obtain(
+        self,
+        host: Peer | Newcomer,
+        source: Peer,
+        here: Callable[[State, list[Certificate]], None],
+        lost: Callable[[], None],
+    ) -> None:
+        """Download the state at a peer's head, and replay what is committed meanwhile."""
+        links = list(source.certificates)
+
+        def arrived(state: State, received: dict[str, int]) -> None:
+            self.downloads.append(received)
+            here(*self._replay_collected(host.me.peer_id, state, links))
+
+        root = links[-1].outcome.state_root
+        Getting(self, host, root, source.me.peer_id, here=arrived, lost=lost)
+
+    def _replay_collected(
+        self, name: str, state: State, links: list[Certificate]
+    ) -> tuple[State, list[Certificate]]:
+        for other in self.live:
+            for certificate in other.certificates if self._is_there(name, other) else ():
+                outcome = certificate.outcome
+                if not follows(links[-1], certificate, RUN, check):
+                    continue
+                if outcome.kind == Kind.AVERAGE:
+                    if outcome.vector_root not in other.averages:
+                        break
+                    state = self._follow(name, state, outcome)
+                links.append(certificate)
+        return state, links
+
+    def _is_there(self, name: str, other: Peer) -> bool:
+        """Whether that peer answers this one, which need not be a peer of the swarm yet."""
+        cut = self.is_cut(name, other.me.peer_id)
+        return self._runs(other) and other.frozen_until <= self.now and not cut
