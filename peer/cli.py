@@ -210,6 +210,14 @@ def _node_options(command: _Command) -> _Command:
             help="TCP port for exchanging tensors.",
         ),
         click.option(
+            "--serve-mbps",
+            type=_Number(0),
+            default=0,
+            show_default="no cap",
+            help="Most megabits per second for newcomers that download the model from this peer; "
+            "what training itself sends is not capped.",
+        ),
+        click.option(
             "--announce-host",
             "announce_hosts",
             multiple=True,
@@ -228,11 +236,27 @@ def _node_options(command: _Command) -> _Command:
             help="Processor threads for training; default: all.",
         ),
         click.option(
+            "--checkpoint-every",
+            type=click.IntRange(0, 1_000_000),
+            default=1,
+            show_default=True,
+            metavar="ROUNDS",
+            help="Save the model after so many rounds, for when all peers stop; 0: never.",
+        ),
+        click.option(
+            "--keep-checkpoints",
+            type=click.IntRange(1, 1_000_000),
+            default=3,
+            show_default=True,
+            metavar="COUNT",
+            help="How many of the last ones stay on disk.",
+        ),
+        click.option(
             "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 or auto."
         ),
         click.option(
             "--supervised",
-            type=click.Path(exists=True, file_okay=False, path_type=Path),
+            type=click.Path(path_type=Path),
             hidden=True,
         ),
         _json,
@@ -277,7 +301,8 @@ def create(path: Path, link_file: Path | None, new: bool, **options: Any) -> int
 
     Signs and publishes RUN.toml, prints the link with which others join, and trains until the run
     ends or you press Ctrl-C. The run goes on as long as any peer is in it; started again with the
-    same file, this peer goes back to it. 'shoal init' writes a RUN.toml.
+    same file, this peer goes back to it, and if all had stopped, goes on from its newest
+    checkpoint. 'shoal init' writes a RUN.toml.
 
     \b
     Example:
@@ -309,7 +334,8 @@ def join(link: str | None, link_file: Path | None, **options: Any) -> int:
 
     LINK is what 'shoal create' printed; put it in quotes. This machine fetches the run's settings
     and its current model from the peers that are there, and takes part from the next round on.
-    Ctrl-C leaves politely: the others go on at once.
+    Ctrl-C leaves politely: the others go on at once. If all peers of a run have stopped, whichever
+    is started again with the same LINK goes on from its newest checkpoint.
 
     \b
     Example:
@@ -319,7 +345,11 @@ def join(link: str | None, link_file: Path | None, **options: Any) -> int:
         problem = "missing LINK" if link is None else "both LINK and --link-file given"
         raise click.UsageError(problem, click.get_current_context())
     parsed = Link.parse(link) if link is not None else None
-    with _taking_part(options) as node_options:
+    shown = parsed
+    if link_file is not None:
+        with contextlib.suppress(ConfigError):  # it may appear later
+            shown = wait_for_link_file(link_file, 0.0, should_stop=lambda: False)
+    with _taking_part(options, run_id=shown.run_id if shown else "") as node_options:
         if parsed is None:
             assert link_file is not None
             parsed = wait_for_link_file(link_file, LINK_FILE_S, should_stop=lambda: False)
@@ -338,7 +368,12 @@ def join(link: str | None, link_file: Path | None, **options: Any) -> int:
     "standard library.",
 )
 @click.option("--codec", type=click.Choice(CODECS), help="What travels between the peers.")
-@click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="Of the initial model and shards.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**31 - 1), help="Of the initial model, shards and chaos."
+)
+@click.option(
+    "--chaos", is_flag=True, help="Kill, freeze and revive peers at random while they train."
+)
 @click.option("--local-steps", type=click.IntRange(1, 100_000), help="Steps between averagings.")
 @_json
 @_verbose
@@ -355,6 +390,7 @@ def demo(**options: Any) -> int:
         shoal demo
         shoal demo --peers 3 --minutes 2
         shoal demo --rounds 6 --json
+        shoal demo --peers 5 --minutes 5 --chaos
     """
     if options["rounds"] and options["minutes"]:
         raise click.UsageError("give --rounds or --minutes, not both", click.get_current_context())
@@ -406,6 +442,31 @@ def status(home: Path | None, json: bool) -> int:
         _note(f"no daemon is running in {_root(home)}")
         return 1
     return 0
+
+
+@cli.command()
+@click.option(
+    "--home",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Look here instead of in ~/.shoal.",
+)
+@_verbose
+def link(home: Path | None) -> int:
+    r"""Print the join links of the daemons of this machine, as they are now.
+
+    A link names the peers of this machine and others that they know, so that it leads to the run
+    even after one of them has gone. One line for each run; exit status 1 when none is running.
+
+    \b
+    Example:
+        shoal link
+    """
+    rows = [row for row in map(_look, _homes(home)) if row is not None and row.link]
+    for run in dict.fromkeys(row.run for row in rows):
+        click.echo(Link.merged([Link.parse(row.link) for row in rows if row.run == run]))
+    if not rows:
+        _note(f"no daemon that can be joined is running in {_root(home)}")
+    return 0 if rows else 1
 
 
 @cli.command()
@@ -496,12 +557,15 @@ def ping(target: str | None, link_file: Path | None, timeout_s: float) -> int:
 
 
 @contextlib.contextmanager
-def _taking_part(options: dict[str, Any], published: str | None = None) -> Iterator[dict[str, Any]]:
+def _taking_part(
+    options: dict[str, Any], published: str | None = None, run_id: str = ""
+) -> Iterator[dict[str, Any]]:
     """Check the cheap things, claim a home and listen to the demo; before the slow imports.
 
     Args:
         options: of the command.
         published: the run file that `create` publishes, None for `join`.
+        run_id: what `join` joins, where that is known already.
     """
     for host in options["announce_hosts"]:
         host_component(host)
@@ -513,22 +577,27 @@ def _taking_part(options: dict[str, Any], published: str | None = None) -> Itera
     _check_data(options["data"])
     if not options["device"].strip():
         raise ConfigError("--device is empty: use auto, cpu, cuda or cuda:1")
-    with _claim(options["home"], published) as home:
+    from coordinator_free import failpoints
+
+    failpoints.arm(os.environ.get("SHOAL_FAILPOINTS", ""))
+    options["supervision"] = supervision = None
+    folder = options.pop("supervised")
+    if folder is not None:
+        from peer.supervision import Supervision
+
+        # Before anything is put into the folder, which another orphan might just be removing.
+        options["supervision"] = supervision = Supervision(folder)
+    with _claim(options["home"], published, run_id) as home:
         from dht.identity import Identity
 
         Identity.load_or_create(home.identity_path)
-        options["supervision"] = None
-        folder = options.pop("supervised")
-        if folder is not None:
-            from peer.supervision import Supervision
-
-            options["supervision"] = supervision = Supervision(folder)
+        if supervision is not None:
             supervision.start()
         options["claimed"] = home
         try:
             yield options
         finally:
-            if folder is not None:
+            if supervision is not None:
                 home.release()
                 supervision.clean_up()
 
@@ -566,11 +635,14 @@ def _run_node(
             ),
             run_file=run_file,
             grpc_port=options["grpc_port"],
+            serve_mbps=options["serve_mbps"],
             link_file=link_file,
             new=new,
             data=str(options["data"].resolve()) if options["data"] else "",
             device=options["device"],
             threads=options["threads"] or 0,
+            checkpoint_every=options["checkpoint_every"],
+            keep_checkpoints=options["keep_checkpoints"],
         ),
         home,
         output.choose(json=options["json"], on_broken=leave),
@@ -586,12 +658,13 @@ def _root(home: Path | None) -> Path:
     return Path(os.environ.get("SHOAL_HOME") or Path.home() / ".shoal")
 
 
-def _claim(home: Path | None, published: str | None) -> Home:
+def _claim(home: Path | None, published: str | None, run_id: str) -> Home:
     from peer.homes import Home, claim_slot
 
     if home is not None:
         return Home.claim(home)
-    return claim_slot(_root(None), published.encode() if published is not None else None)
+    run_file = published.encode() if published is not None else None
+    return claim_slot(_root(None), run_file, run_id)
 
 
 def _published(path: Path, text: str, tables: runfile.Tables, data: Path | None) -> str:

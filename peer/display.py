@@ -20,7 +20,15 @@ from peer.status import Status
 
 REFRESH_PER_S = 4
 _BARS = "▁▂▃▄▅▆▇█"
-_PHASE_STYLES = {"train": "green", "averaging": "cyan", "evaluate": "blue", "gone": "red"}
+_PHASE_STYLES = {
+    "train": "green",
+    "averaging": "cyan",
+    "evaluate": "blue",
+    "gone": "red",
+    "killed": "bold red",
+    "frozen": "bold blue",
+    "back": "bold green",
+}
 
 
 def short_peer(peer: str) -> str:

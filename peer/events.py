@@ -7,6 +7,7 @@
     {"event": "left", ...}       stopped before the end, politely
     {"event": "progress", ...}   several a second, only for a supervising `shoal demo`
     {"event": "died", ...}       a demo's peer ended unasked; the others go on
+    {"event": "chaos", ...}      `shoal demo --chaos` did something to a peer
     {"event": "summary", ...}    last line of `shoal demo`
 
 Guarantees: every line is valid JSON (a loss that is not finite is null, never NaN), written whole
@@ -120,6 +121,31 @@ class DiedEvent:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ChaosEvent:
+    """What was done to a demo's peer: "kill", "freeze", "thaw" or "revive"."""
+
+    event: ClassVar[str] = "chaos"
+    action: str
+    peer: str
+    number: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryUse:
+    """Memory of one peer of a demo: mean resident megabytes (10^6 bytes) of its process.
+
+    Attributes:
+        number: of the peer in the demo.
+        first_quarter_mb: while the first quarter of the training went on; None: not measured.
+        last_quarter_mb: the same for the last quarter.
+    """
+
+    number: int
+    first_quarter_mb: float | None
+    last_quarter_mb: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SummaryEvent:
     """What a demo came to.
 
@@ -130,6 +156,9 @@ class SummaryEvent:
         last_val_loss: of the final model.
         digests_agree: in every round all digests were equal and no surviving peer's was missing.
         wall_s: from the command's start.
+        memory: of each peer.
+        chaos_seed: of what was done to the peers; None without --chaos.
+        faults: how many peers were killed or frozen.
     """
 
     event: ClassVar[str] = "summary"
@@ -139,6 +168,9 @@ class SummaryEvent:
     last_val_loss: float | None
     digests_agree: bool
     wall_s: float
+    memory: tuple[MemoryUse, ...] = ()
+    chaos_seed: int | None = None
+    faults: int = 0
 
 
 Event = (
@@ -149,6 +181,7 @@ Event = (
     | LeftEvent
     | ProgressEvent
     | DiedEvent
+    | ChaosEvent
     | SummaryEvent
 )
 

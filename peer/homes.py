@@ -4,6 +4,7 @@
         identity.key      Ed25519 key, made at first start
         lock              held (flock) by the daemon as long as it lives; holds its process id
         run, peers, port  to find the way back after a restart (`peer.memory`)
+        runs/RUN_ID/      the run and its checkpoints, of each run that was taken part in
         daemon.json       0600: how `shoal status` and `shoal stop` reach it; gone when it has ended
 
 Guarantees: two daemons never share a folder, hence never an identity, not even when started in the
@@ -12,8 +13,8 @@ ended, so that a `daemon.json` beside a free lock is known to be a dead daemon's
 decides, not a process id, which may have been given to somebody else. Not guaranteed: any of this
 on a network file system whose server does not lock.
 
-A killed creator finds its run again by its folder, hence `claim_slot` leaves folders that remember
-a run to those who created it.
+A peer finds its run again by its folder, hence `claim_slot` gives a folder that remembers a run to
+those who come back to it, and leaves it to them.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from dht.errors import ConfigError
 from peer.files import write_whole
 
 MAX_SLOTS = 256
+RUNS = "runs"
 _DAEMON_FILE_BYTES = 16 * 1024
 _SETTLED_S = 0.05  # far longer than a new holder of a lock takes to write its process id
 
@@ -144,15 +146,17 @@ class Home:
         self.release()
 
 
-def claim_slot(root: Path, run_file: bytes | None = None) -> Home:
+def claim_slot(root: Path, run_file: bytes | None = None, run_id: str = "") -> Home:
     """Claim the best free `peer-N` below `root`, the first of several as good.
 
-    Best is the one that created a run from this very run file, for it can go back to it; then one
-    that created none; last, one whose own run is forgotten thereby.
+    Best is the one that created a run from this very run file, or took part in the run to join, for
+    it can go back to it; then one that remembers no run; then one that took part in others; last,
+    one whose own run is forgotten thereby.
 
     Args:
         root: made where needed.
         run_file: of the run to create, as it is published; None to join one.
+        run_id: of the run to join, where it is known.
 
     Raises:
         ConfigError: `root` cannot be written to, or all slots are taken.
@@ -160,13 +164,15 @@ def claim_slot(root: Path, run_file: bytes | None = None) -> Home:
 
     def rank(path: Path) -> int:
         if not (path / "run").exists():
-            return 1
+            if run_id and (path / RUNS / run_id).is_dir():
+                return 0
+            return 2 if any((path / RUNS).glob("*")) else 1
         if run_file is None:
-            return 2
+            return 3
         from peer.memory import Memory  # not for `shoal status`, which shall answer at once
 
         run = Memory(path).run()
-        return 0 if run is not None and run.run_file == run_file else 2
+        return 0 if run is not None and run.run_file == run_file else 3
 
     # Looked at without a lock, as a lock for a look would drive others that start now elsewhere.
     for path in sorted((root / f"peer-{slot}" for slot in range(MAX_SLOTS)), key=rank):

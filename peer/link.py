@@ -14,9 +14,10 @@ are alive.
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qsl, quote, urlsplit
@@ -70,6 +71,17 @@ class Link:
         # '/' and ':' are legal in a query and keep the addresses readable.
         query = "&".join(f"peer={quote(peer, safe='/:')}" for peer in self.peers)
         return f"shoal://{self.run_id}?{query}"
+
+    @classmethod
+    def merged(cls, links: Sequence[Link]) -> Link:
+        """One link to the run of all these, with an address of each before a second of any.
+
+        Args:
+            links: at least one, all to the same run.
+        """
+        by_turns = itertools.zip_longest(*(link.peers for link in links))
+        peers = dict.fromkeys(peer for turn in by_turns for peer in turn if peer is not None)
+        return cls(links[0].run_id, tuple(peers)[:MAX_PEERS])
 
     @classmethod
     def parse(cls, text: str) -> Link:

@@ -1,16 +1,18 @@
 """What a peer remembers of its run beside its key, so that a restart finds the way back.
 
     run      the run that this peer created, signed
+    runs/    by run id: that run again, whoever created it, beside its checkpoints
     peers    addresses of others in the run it was last in
     port     where it listened for the DHT: with the same one again, old links stay good and the
              others find it back by themselves
 
 Guarantees: written whole or not at all; what is read back is checked like anything from a stranger.
-Not guaranteed: that those peers still live. The model itself is not here: it comes from them.
+Not guaranteed: that those peers still live. Checkpoints are `coordinator_free.checkpoints`' own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import socket
@@ -19,6 +21,7 @@ from pathlib import Path
 from dht.errors import RecordError
 from dht.records import MAX_ADDRESSES, SignedRun, peer_id_of
 from peer.files import write_whole
+from peer.homes import RUNS
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +38,7 @@ class Memory:
 
     def __init__(self, folder: Path) -> None:
         self._run = folder / "run"
+        self._runs = folder / RUNS
         self._peers = folder / "peers"
         self._port = folder / "port"
 
@@ -49,6 +53,29 @@ class Memory:
     def keep_run(self, run: SignedRun) -> None:
         """Remember a run that this peer creates."""
         _write(self._run, run.to_bytes())
+
+    def run_folder(self, run_id: str) -> Path:
+        """Where the checkpoints of a run are, or will be."""
+        return self._runs / run_id
+
+    def resumable(self, run_id: str) -> SignedRun | None:
+        """A run of which there is a checkpoint, so that it needs nobody else to be gone on with."""
+        folder = self.run_folder(run_id)
+        if not any(folder.glob("*.checkpoint")):
+            return None
+        try:
+            run = SignedRun.from_bytes(_read(folder / "run"))
+        except (OSError, RecordError) as error:
+            logger.warning("memory.run_unreadable file=%s reason=%s", folder / "run", error)
+            return None
+        return run if run.run_id == run_id else None
+
+    def keep_resumable(self, run: SignedRun) -> None:
+        """Remember a run that this peer takes part in, for the time when it has a checkpoint."""
+        folder = self.run_folder(run.run_id)
+        with contextlib.suppress(OSError):  # told by what cannot be written into it
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _write(folder / "run", run.to_bytes())
 
     def peers(self, run_id: str) -> tuple[str, ...]:
         """Addresses of others in that run, as multiaddrs with a peer id."""

@@ -22,19 +22,29 @@ import contextlib
 import itertools
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from coordinator_free.contact import Contact
+from coordinator_free.transport import Client
 from dht.directory import Directory
-from dht.errors import ConfigError, RunNotFound, SwarmError, TimedOut, Unreachable, innermost
+from dht.errors import (
+    ConfigError,
+    PeerError,
+    RunNotFound,
+    SwarmError,
+    TimedOut,
+    Unreachable,
+    innermost,
+)
 from dht.identity import Identity
 from dht.kademlia import KademliaConfig, KademliaDirectory
-from dht.records import SignedRun
+from dht.records import PeerRecord, SignedRun
 from peer.control import ControlServer
-from peer.link import Link, host_component
+from peer.link import MAX_PEERS, Link, check_multiaddr, host_component
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,6 +59,8 @@ _T = TypeVar("_T")
 _FIND_ATTEMPTS = 5
 _FIND_PAUSE_S = 1.0
 _REMEMBER_S = 5.0
+_TWIN_S = 3.0  # for another process with our identity to answer
+_OWN_IN_LINK = 8
 
 
 class ReachableDirectory(Directory, Protocol):
@@ -115,6 +127,7 @@ class NetworkConfig:
         announce_hosts: what others dial instead of the own addresses; needs `port`.
         link: the run to join; None to create one.
         known_peers: addresses of an earlier time, to be tried as well.
+        may_be_first: take part also if no address of the link answers: the first to come back.
     """
 
     identity_path: Path
@@ -123,6 +136,7 @@ class NetworkConfig:
     announce_hosts: tuple[str, ...] = ()
     link: Link | None = None
     known_peers: tuple[str, ...] = ()
+    may_be_first: bool = False
 
     def __post_init__(self) -> None:
         if self.announce_hosts and not self.port:
@@ -132,6 +146,7 @@ class NetworkConfig:
 
     def directory(self) -> KademliaConfig:
         """The same for the DHT."""
+        named = self.link.peers if self.link else ()
         return KademliaConfig(
             identity_path=self.identity_path,
             host=self.host,
@@ -139,8 +154,8 @@ class NetworkConfig:
             announce_maddrs=tuple(
                 f"{host_component(host)}/tcp/{self.port}" for host in self.announce_hosts
             ),
-            initial_peers=self.link.peers if self.link else (),
-            hints=self.known_peers,
+            initial_peers=() if self.may_be_first else named,
+            hints=(*named, *self.known_peers) if self.may_be_first else self.known_peers,
         )
 
 
@@ -197,12 +212,18 @@ class Network:
         self._session: concurrent.futures.Future[SwarmSession | None] = concurrent.futures.Future()
         self._publish: SignedRun | None = None
         self._maddrs: tuple[str, ...] = ()
+        self._link: Link | None = None
         self.failure: SwarmError | None = None
 
     @property
     def maddrs(self) -> tuple[str, ...]:
         """Own addresses, once the run is found."""
         return self._maddrs
+
+    @property
+    def link(self) -> Link | None:
+        """The join link as it is now, with this peer's addresses and those of others in the run."""
+        return self._link
 
     def start(self, publish: SignedRun | None = None) -> None:
         """Start the thread; `publish` is the run to create, None to find that of the link."""
@@ -295,8 +316,11 @@ class Network:
                 self._maddrs = directory.maddrs
                 for port in tcp_ports(directory.maddrs)[:1]:
                     self._on_port(port)
+                self._check_way_in()
                 run = await self._run_from(directory)
-                self._on_run(run, Link(run.run_id, shown_addresses(directory.maddrs)))
+                others = await self._others(directory, run.run_id)
+                self._link = link_to(run.run_id, directory.maddrs, others)
+                self._on_run(run, self._link)
                 self._found.set_result(run)
                 config, initial_N, rejoin_s = await asyncio.wrap_future(self._order)
                 session = self._make_session(config, self._identity, directory)
@@ -315,10 +339,57 @@ class Network:
                 "reached from here, or ask for a new link"
             ) from error
 
-    async def _remember(self, directory: Directory, run_id: str) -> None:
-        """Keep the addresses of others for the next start."""
+    def _check_way_in(self) -> None:
+        """A link that names nobody but ourselves leads nowhere.
+
+        Raises:
+            ConfigError: it does, and nobody else is known from an earlier time.
+        """
+        link, me = self._config.link, self._identity.peer_id
+        if link is None or self._config.known_peers:
+            return
+        if all(maddr.endswith(f"/p2p/{me}") for maddr in link.peers):
+            raise ConfigError(
+                "the link names only this peer itself, which is how it looks when a --home was "
+                "copied: start this one with a --home of its own, or use another peer's link"
+            )
+
+    async def _others(self, directory: Directory, run_id: str) -> list[PeerRecord]:
+        """The records of others in the run, as far as they are known.
+
+        Raises:
+            ConfigError: another living process has our identity.
+        """
+        try:
+            records = await directory.peers(run_id)
+        except PeerError as error:
+            logger.info("network.peers_unknown %s", error)
+            return []
+        for record in records:
+            if record.peer_id == self._identity.peer_id and record.port and record.hosts:
+                await self._refuse_twin(record)
+        return [record for record in records if record.peer_id != self._identity.peer_id]
+
+    async def _refuse_twin(self, record: PeerRecord) -> None:
+        """A record of ours is an earlier process's; only a living one can show its certificate."""
+        contact = Contact(record.peer_id, record.hosts, record.port, record.certificate_sha256)
+        try:
+            async with Client(self._identity, record.run_id) as client:
+                await client.knock(contact, _TWIN_S)
+        except PeerError as error:
+            logger.info("network.own_record_is_old %s", error)
+            return
+        raise ConfigError(
+            f"another peer with this identity is running at {record.hosts[0]} port {record.port}: "
+            "two cannot share a key; stop that one, or start this one with a --home of its own "
+            "(not a copy)"
+        )
+
+    async def _remember(self, directory: ReachableDirectory, run_id: str) -> None:
+        """Keep the addresses of others for the next start, and for those who are given a link."""
         async for records in directory.watch(run_id, _REMEMBER_S):
             others = [record for record in records if record.peer_id != self._identity.peer_id]
+            self._link = link_to(run_id, directory.maddrs, others)
             # One address of each before the second of any: the list is cut somewhere.
             by_turns = itertools.zip_longest(*(record.maddrs for record in others))
             addresses = [maddr for turn in by_turns for maddr in turn if maddr is not None]
@@ -357,7 +428,23 @@ def shown_addresses(maddrs: tuple[str, ...]) -> tuple[str, ...]:
     """The addresses that belong in a link: TCP, and loopback only when there is nothing else."""
     tcp = [maddr for maddr in maddrs if maddr.split("/")[3:4] == ["tcp"] and maddr.count("/") == 6]
     outside = [maddr for maddr in tcp if not maddr.startswith(("/ip4/127.", "/ip6/::1/"))]
-    return tuple((outside or tcp)[:8])
+    return tuple((outside or tcp)[:_OWN_IN_LINK])
+
+
+def link_to(run_id: str, own: tuple[str, ...], others: Iterable[PeerRecord]) -> Link:
+    """A link that still leads to the run when the peer that gave it has gone.
+
+    Args:
+        run_id: of the run.
+        own: addresses of the peer that gives it; they come first.
+        others: records of others, whose addresses strangers have written.
+    """
+    addresses = list(shown_addresses(own))
+    for record in others:
+        for maddr in shown_addresses(record.maddrs)[:1]:
+            with contextlib.suppress(ConfigError):
+                addresses.append(check_multiaddr(maddr))
+    return Link(run_id, tuple(dict.fromkeys(addresses))[:MAX_PEERS])
 
 
 def _surprise(error: BaseException) -> SwarmError:

@@ -67,21 +67,27 @@ class NodeConfig:
         network: how it takes part; its `link` says what to join.
         run_file: the run to create, None to join.
         grpc_port: of the data plane; 0 = a free one.
+        serve_mbps: most megabits per second for newcomers' downloads of the model; 0 = no cap.
         new: create a new run even if this peer created one from the same file before.
         link_file: where to write the join link; None for nowhere.
         data: where this machine has the run's data; empty: as the run file says.
         device: "auto", "cpu", "cuda", ...
         threads: for torch; 0 = its own choice.
+        checkpoint_every: save the run's state after so many rounds; 0 for never.
+        keep_checkpoints: how many of the last ones stay on disk.
     """
 
     network: NetworkConfig
     run_file: Path | None = None
     grpc_port: int = 0
+    serve_mbps: float = 0.0
     new: bool = False
     link_file: Path | None = None
     data: str = ""
     device: str = "auto"
     threads: int = 0
+    checkpoint_every: int = 1
+    keep_checkpoints: int = 3
 
 
 class Node:
@@ -113,11 +119,14 @@ class Node:
         self._control = None if supervision else ControlServer(self.status, self.stop)
         self._memory = Memory(home.path)
         known = config.network.link.run_id if config.network.link else self._created_before()
+        # A run that can go on from this disk, should nobody of it be there any more.
+        self._kept = self._memory.resumable(known) if config.network.link else None
         self._network = Network(
             dataclasses.replace(
                 config.network,
                 known_peers=self._memory.peers(known),
                 port=config.network.port or self._memory.port(config.network.host),
+                may_be_first=self._kept is not None,
             ),
             self._identity,
             open_directory=open_directory,
@@ -149,6 +158,9 @@ class Node:
             status = self._status
         if self._stopped:
             status = dataclasses.replace(status, phase="leaving")
+        link = self._network.link
+        if link is not None:
+            status = dataclasses.replace(status, link=str(link))
         session = self._session
         uptime_s = time.monotonic() - self._began
         if session is None:
@@ -160,6 +172,7 @@ class Node:
             peers=len(swarm.members),
             bytes_sent=swarm.bytes_sent,
             bytes_received=swarm.bytes_received,
+            checkpoint=swarm.checkpoint,
             uptime_s=uptime_s,
         )
 
@@ -245,7 +258,13 @@ class Node:
                 self._config.network.announce_hosts,
                 self._network.maddrs,
             ),
+            serve_bps=self._config.serve_mbps * 1e6 / 8,
+            checkpoints=self._memory.run_folder(run.run_id),
+            checkpoint_every=self._config.checkpoint_every,
+            keep_checkpoints=self._config.keep_checkpoints,
         )
+        if self._config.checkpoint_every:
+            self._memory.keep_resumable(run)
         initial = trainer.read() if self._config.run_file else None
         rejoin_s = REJOIN_S if self._resumed else 0.0
         session = self._network.begin(session_config, initial, rejoin_s)
@@ -286,7 +305,7 @@ class Node:
         return run.run_id if run is not None and not self._config.new else ""
 
     def _join(self) -> tuple[RunConfig, Trainer, SignedRun] | None:
-        self._network.start()
+        self._network.start(self._kept)
         self._update(phase="connecting")
         run = self._network.found()
         if run is None:
@@ -326,7 +345,8 @@ class Node:
                 ) from error
             except DataError as error:  # too few blocks for so many peers
                 raise ConfigError(str(error)) from error
-        if not self._stopped and self._rounds_done:
+        # A run that was finished before has nothing left to do but to say so.
+        if not self._stopped and (self._rounds_done or session.status().phase == "finished"):
             self._finish(trainer, session)
 
     def _round(

@@ -32,7 +32,9 @@ class Status:
         bytes_sent: since the start.
         bytes_received: since the start.
         digest: of the swarm's state, hex.
+        checkpoint: round of the newest state on this peer's disk; None for none.
         uptime_s: since the process took up work.
+        link: the join link as it is now; empty while there is none.
     """
 
     run: str = ""
@@ -52,7 +54,9 @@ class Status:
     bytes_sent: int = 0
     bytes_received: int = 0
     digest: str = ""
+    checkpoint: int | None = None
     uptime_s: float = 0.0
+    link: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""

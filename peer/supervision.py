@@ -8,28 +8,34 @@ The demo removes the folder at its end; when it was killed and cannot, the last 
 each gives up its shared lock first and then tries for the exclusive one, which only the last gets.
 
 Guarantees: an orphan ends within `ORPHAN_POLITE_S` of its parent's death, also while it is still
-loading libraries, and the last one removes the folder. Not guaranteed: that anybody does when
-parent and children are all killed at once.
+loading libraries or (on Linux) frozen, and the last one removes the folder. Not guaranteed: that
+anybody does when parent and children are all killed at once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import shutil
+import signal
+import sys
 import threading
 import time
 from pathlib import Path
 from typing import Protocol
 
+from dht.errors import SwarmError
 from peer.events import Event, ProgressEvent
 from peer.status import Status
 
 ORPHAN_POLITE_S = 4.0
 PROGRESS_S = 0.5
+REMOVE_S = 2.0
 LOCK_NAME = "demo.lock"  # also the proof that a folder is a demo's, and may be removed
 _MAX_LINE = 256
+_PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
 class Supervised(Protocol):
@@ -59,15 +65,24 @@ class Supervised(Protocol):
 class Supervision:
     """Does what the demo says. `start` it before anything slow, `attach` the daemon when it exists.
 
+    From its construction on, the last orphan waits for this process; what is put into the folder
+    before that may come back after the folder was removed.
+
     Args:
         folder: the demo's; holds `LOCK_NAME`.
         orders: file descriptor to read from.
+
+    Raises:
+        SwarmError: the demo is gone, and its folder with it.
     """
 
     def __init__(self, folder: Path, orders: int = 0) -> None:
         self._folder = folder
         self._orders = orders
-        self._lock = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            self._lock = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise SwarmError("the demo that started this peer is gone") from error
         fcntl.flock(self._lock, fcntl.LOCK_SH)
         self._node: Supervised | None = None
         self._early: list[str] = []
@@ -76,6 +91,7 @@ class Supervision:
 
     def start(self) -> None:
         """Begin to listen."""
+        _thaw_with_parent()
         threading.Thread(target=self._listen, name="orders", daemon=True).start()
 
     def attach(self, node: Supervised) -> None:
@@ -95,7 +111,7 @@ class Supervision:
         if self.orphaned:
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(self._folder, ignore_errors=True)
+                _remove(self._folder)
         os.close(lock)
 
     def _listen(self) -> None:
@@ -138,6 +154,19 @@ class Supervision:
             status = node.status()
             node.report(ProgressEvent(peer=status.peer, status=status.to_dict()))
             time.sleep(PROGRESS_S)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder into which this process's other threads may still be putting something."""
+    until = time.monotonic() + REMOVE_S
+    while folder.exists() and time.monotonic() < until:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _thaw_with_parent() -> None:
+    """Have the kernel continue this process when its parent dies: frozen, it could not end."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGCONT))
 
 
 def _read(descriptor: int) -> bytes:

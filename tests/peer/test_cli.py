@@ -27,7 +27,7 @@ home = Home.claim(Path(sys.argv[1]))
 print("claimed", flush=True)
 time.sleep(600)
 """
-COMMANDS = ["init", "create", "join", "demo", "status", "stop"]
+COMMANDS = ["init", "create", "join", "demo", "status", "link", "stop"]
 
 
 @pytest.fixture(autouse=True)
@@ -254,6 +254,9 @@ def test_status_and_stop_without_a_daemon(
     assert capsys.readouterr().err == f"shoal status: {nothing}"
     assert cli.run(["stop"]) == 0
     assert capsys.readouterr().err == f"shoal stop: {nothing}"
+    assert cli.run(["link"]) == 1
+    nobody = f"no daemon that can be joined is running in {tmp_path / 'shoal'}\n"
+    assert capsys.readouterr().err == f"shoal link: {nobody}"
     line = refused(capsys, "stop", "--peer", "abc")
     assert line.startswith("shoal stop: no daemon with peer id abc")
 
@@ -329,6 +332,7 @@ def test_a_bug_of_ours_is_one_line_too(
         ["--help"],
         ["init", "quick.toml"],
         ["status"],
+        ["link"],
         ["stop"],
         ["join", "shoal://abc"],
         ["create", "none.toml"],
@@ -350,3 +354,10 @@ def test_what_does_not_train_loads_neither_torch_nor_hivemind(arguments: list[st
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_failpoints_come_from_the_environment_and_a_slip_in_them_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, run_file: Path
+) -> None:
+    monkeypatch.setenv("SHOAL_FAILPOINTS", "leader.comit=kill")
+    assert "there is no point 'leader.comit'" in refused(capsys, "create", str(run_file))

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from peer.demo import Child, Demo, DemoConfig, judge
+from dht.errors import ConfigError
+from peer.demo import Child, Demo, DemoConfig, judge, memory_use
 
 
 def child(number: int, digests: str, exit_status: int = 0, done: str = "") -> Child:
@@ -61,3 +62,35 @@ def test_the_demos_run_file_says_what_was_asked_for(tmp_path: Any) -> None:
     assert (run.trainer.seed, run.local_steps, run.trainer.data.path) == (9, 7, "/x/y.txt")
     timed = load(Demo(DemoConfig(minutes=1), tmp_path)._run_file(), "run.toml")
     assert timed.round.rounds == 0
+
+
+def test_the_killed_did_not_die_and_who_contradicts_itself_is_seen() -> None:
+    killed = child(0, "ab", -9)
+    killed.trouble = "killed"
+    assert not killed.died
+    assert child(1, "ab", -9).died
+    revived = child(2, "abc", done="c")
+    revived.contradicted = 1
+    assert "differ after round 1" in judge([revived, child(3, "abc", done="c")]).problem
+
+
+def test_memory_is_compared_between_the_first_and_the_last_quarter() -> None:
+    grown = child(0, "a")
+    grown.memory = [(float(second), 100_000_000 + second * 1_000_000) for second in range(101)]
+    use = memory_use(grown)
+    assert (use.first_quarter_mb, use.last_quarter_mb) == (112.5, 187.5)
+    unknown = memory_use(child(1, "a"))
+    assert (unknown.first_quarter_mb, unknown.last_quarter_mb) == (None, None)
+
+
+def test_chaos_needs_a_majority_to_be_left(tmp_path: Any) -> None:
+    with pytest.raises(ConfigError, match="--peers 3 or more"):
+        Demo(DemoConfig(peers=2, chaos=True), tmp_path)
+
+
+def test_chaos_ends_by_order_and_not_by_the_run_file(tmp_path: Any) -> None:
+    from peer.config import load
+
+    demo = Demo(DemoConfig(peers=3, rounds=5, chaos=True, seed=4), tmp_path)
+    run = load(demo._run_file(), "run.toml")
+    assert (run.round.rounds, run.trainer.seed) == (0, 4)

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from peer.events import DoneEvent, LineWriter, RoundEvent, SummaryEvent, to_json
+from peer.events import DoneEvent, LineWriter, MemoryUse, RoundEvent, SummaryEvent, to_json
 
 ROUND = RoundEvent(
     peer="12D3KooW",
@@ -51,6 +51,7 @@ def test_a_summary_has_exactly_the_fields_that_scripts_rely_on() -> None:
         last_val_loss=3.0,
         digests_agree=True,
         wall_s=60.0,
+        memory=(MemoryUse(number=0, first_quarter_mb=300.5, last_quarter_mb=None),),
     )
     assert json.loads(to_json(summary)) == {
         "event": "summary",
@@ -60,6 +61,9 @@ def test_a_summary_has_exactly_the_fields_that_scripts_rely_on() -> None:
         "last_val_loss": 3.0,
         "digests_agree": True,
         "wall_s": 60.0,
+        "memory": [{"number": 0, "first_quarter_mb": 300.5, "last_quarter_mb": None}],
+        "chaos_seed": None,
+        "faults": 0,
     }
 
 

@@ -64,6 +64,21 @@ def test_a_folder_that_remembers_a_run_is_left_to_its_creator(tmp_path: Path) ->
     assert taken(b"a = 1") == ["peer-3", "peer-4"]
 
 
+def test_a_folder_goes_to_who_comes_back_to_its_run(tmp_path: Path) -> None:
+    runs = "ab" * 20, "cd" * 20
+    for slot, run_id in enumerate(runs):
+        (tmp_path / f"peer-{slot}" / "runs" / run_id).mkdir(parents=True)
+
+    def taken(run_id: str) -> list[str]:
+        with claim_slot(tmp_path, run_id=run_id) as a, claim_slot(tmp_path, run_id=run_id) as b:
+            return [a.path.name, b.path.name]
+
+    assert taken(runs[0]) == ["peer-0", "peer-2"]
+    assert taken(runs[1]) == ["peer-1", "peer-2"]
+    assert taken("ef" * 20) == ["peer-2", "peer-3"]
+    assert taken("") == ["peer-2", "peer-3"]
+
+
 def test_a_remembered_run_is_given_up_before_a_start_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

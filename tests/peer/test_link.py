@@ -46,6 +46,17 @@ def test_a_link_survives_being_written_and_read(peer_id: str) -> None:
     assert Link.parse(f"  {link}\n") == link
 
 
+def test_links_of_one_run_become_one_that_names_a_peer_of_each_first(peer_id: str) -> None:
+    def at(port: int) -> str:
+        return f"/ip4/203.0.113.7/tcp/{port}/p2p/{peer_id}"
+
+    merged = Link.merged([Link(RUN, (at(1), at(2))), Link(RUN, (at(3), at(1)))])
+    assert merged.peers == (at(1), at(3), at(2))
+    many = [Link(RUN, tuple(at(100 * n + m) for m in range(1, 9))) for n in range(4)]
+    assert len(Link.merged(many).peers) == MAX_PEERS
+    assert {peer for link in many for peer in link.peers[:4]} == set(Link.merged(many).peers)
+
+
 def test_a_link_is_readable(maddr: str) -> None:
     assert str(Link(RUN, (maddr,))) == f"shoal://{RUN}?peer={maddr}"
 

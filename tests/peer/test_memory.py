@@ -92,6 +92,24 @@ def test_a_broken_port_file_is_no_port(tmp_path: Path, content: str) -> None:
     assert Memory(tmp_path).port("127.0.0.1") == 0
 
 
+def test_a_run_is_resumable_once_there_is_a_checkpoint_of_it(
+    tmp_path: Path, identity: Identity
+) -> None:
+    memory = Memory(tmp_path)
+    run = SignedRun.sign(Identity.generate(), b'name = "x"', 1.0)
+    memory.keep_resumable(run)
+    assert memory.resumable(run.run_id) is None
+    (memory.run_folder(run.run_id) / "000000000001.checkpoint").touch()
+    assert memory.resumable(run.run_id) == run
+    assert memory.resumable(RUN_ID) is None
+    assert memory.run() is None  # it was created by somebody else
+    other = SignedRun.sign(identity, b"x", 1.0)
+    (memory.run_folder(run.run_id) / "run").write_bytes(other.to_bytes())
+    assert memory.resumable(run.run_id) is None
+    (memory.run_folder(run.run_id) / "run").write_bytes(b"nonsense")
+    assert memory.resumable(run.run_id) is None
+
+
 def test_a_place_that_cannot_be_written_costs_only_the_memory(
     tmp_path: Path, identity: Identity, caplog: pytest.LogCaptureFixture
 ) -> None:

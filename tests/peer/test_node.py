@@ -117,6 +117,30 @@ def test_a_run_is_joined_with_its_own_settings(
     assert swarm.sessions[0].config.run_id == link.run_id
 
 
+def test_a_run_with_a_checkpoint_is_joined_though_nobody_answers(
+    make: Callable[..., Node], swarm: Any, home: Home, run_file: Path, corpus: Path
+) -> None:
+    link = published(swarm, run_file.read_text())
+    make(link=link, data=str(corpus)).run()
+    assert swarm.sessions[0].config.checkpoints == home.path / "runs" / link.run_id
+    (home.path / "runs" / link.run_id / "000000000001.checkpoint").touch()
+    swarm.network.runs.clear()  # the DHT went with the peers
+    assert make(link=link, data=str(corpus)).run() == 0
+    assert swarm.configs[1].initial_peers == ()
+    assert swarm.configs[1].hints == link.peers
+    assert link.run_id in swarm.network.runs
+
+
+def test_without_checkpoints_nothing_is_remembered(
+    make: Callable[..., Node], swarm: Any, home: Home, run_file: Path, corpus: Path
+) -> None:
+    link = published(swarm, run_file.read_text())
+    make(link=link, data=str(corpus), checkpoint_every=0, keep_checkpoints=7).run()
+    config = swarm.sessions[0].config
+    assert (config.checkpoint_every, config.keep_checkpoints) == (0, 7)
+    assert not (home.path / "runs").exists()
+
+
 def test_a_strangers_run_file_opens_no_file_of_ours(
     make: Callable[..., Node], swarm: Any, recorder: Recorder
 ) -> None:

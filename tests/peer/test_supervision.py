@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from peer.supervision import LOCK_NAME
+from dht.identity import Identity
+from peer.cli import run
+from peer.supervision import LOCK_NAME, Supervision
 
 # A child that says when it is up, obeys, and stays until told to leave.
 CHILD = """
@@ -90,3 +93,33 @@ def test_an_orphan_that_is_still_loading_goes_as_well(folder: Path) -> None:
         process.communicate()
         assert process.returncode == 1
         assert not folder.exists()
+
+
+@pytest.mark.parametrize("left", ["nothing", "an empty folder"])
+def test_a_child_that_comes_after_the_end_brings_nothing_back(tmp_path: Path, left: str) -> None:
+    folder = tmp_path / "demo"
+    if left != "nothing":
+        folder.mkdir()
+    arguments = ["join", "shoal://" + "0" * 40, "--home", str(folder / "peer-1")]
+    arguments[1] += "?peer=/ip4/127.0.0.1/tcp/1/p2p/" + Identity.generate().peer_id
+    assert run([*arguments, "--supervised", str(folder)]) == 1
+    assert not (folder / "peer-1").exists()
+
+
+def test_the_folder_goes_while_somebody_still_writes_to_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove, calls = shutil.rmtree, []
+
+    def overtaken(path: Path, **how: bool) -> None:
+        remove(path, **how)
+        calls.append(path)
+        if len(calls) < 3:  # as a file that appears between the walk and the rmdir
+            path.mkdir()
+
+    monkeypatch.setattr(shutil, "rmtree", overtaken)
+    supervision = Supervision(folder)
+    supervision.orphaned = True
+    supervision.clean_up()
+    assert len(calls) == 3
+    assert not folder.exists()

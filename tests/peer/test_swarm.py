@@ -71,15 +71,22 @@ class Shoal:
         out, err = process.communicate(timeout=250)
         return process.returncode, out, err
 
+    def pids(self) -> list[int]:
+        """Living processes that belong here."""
+        return list(self._world())
+
     def world(self) -> list[str]:
-        """Command lines of living processes that belong here."""
-        mine = []
+        """Their command lines."""
+        return list(self._world().values())
+
+    def _world(self) -> dict[int, str]:
+        mine = {}
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 with contextlib.suppress(OSError):
                     command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
                     if str(self.temporary) in command:
-                        mine.append(command[:200])
+                        mine[int(entry.name)] = command[:200]
         return mine
 
     def leftovers(self) -> list[str]:
@@ -231,6 +238,11 @@ def test_create_and_join_in_two_terminals(shoal: Shoal) -> None:
     assert {row["peers"] for row in rows} == {2}
     assert {Path(row["home"]).name for row in rows} == {"peer-0", "peer-1"}
 
+    status, out, _ = shoal.run("link")
+    assert status == 0
+    assert out.count("\n") == 1  # one run
+    assert {row["peer"] for row in rows} == {part[-52:] for part in out.strip().split("&")}
+
     maddr = link.split("peer=")[1]
     assert shoal.run("ping", maddr)[0] == 0
     head, _, tail = maddr.partition("/tcp/")
@@ -280,6 +292,50 @@ def test_a_creator_that_was_killed_goes_back_to_its_run(shoal: Shoal) -> None:
     assert same["digest"] == back["digest"]
 
 
+# FAULTS=all adds the cases that take a minute and differ little from another one.
+EVERYTHING = os.environ.get("FAULTS") == "all"
+
+
+@pytest.mark.parametrize("first_back", ["joiner", *(["creator"] if EVERYTHING else [])])
+def test_when_all_were_killed_the_run_goes_on_where_it_was(shoal: Shoal, first_back: str) -> None:
+    (shoal.folder / "run.toml").write_text(SMALL.format(rounds=0, start_peers=2, local_steps=100))
+    common = ("--host", "127.0.0.1", "--json")
+    creator = shoal.start("create", "run.toml", *common)
+    of_creator = events(creator.stdout)
+    link = until(of_creator, lambda event: event["event"] == "link")["link"]
+    joiner = shoal.start("join", link, *common)
+    of_joiner = events(joiner.stdout)
+    begun = until(of_creator, lambda e: e["event"] == "round")
+    until(of_joiner, lambda e: e["event"] == "round" and e["round"] == 4)
+    until(of_creator, lambda e: e["event"] == "round" and e["round"] == 4)
+    before = {of["peer"] for of in (begun, until(of_joiner, lambda e: e["event"] == "round"))}
+    for process in (creator, joiner):
+        process.kill()
+        process.communicate()
+
+    starts = {
+        "creator": lambda: shoal.start("create", "run.toml", *common),
+        "joiner": lambda: shoal.start("join", link, *common),
+    }
+    one = events(starts.pop(first_back)().stdout)
+    assert until(one, lambda e: e["event"] == "link")["run"] == link[8:48]
+    if first_back == "joiner":  # with nobody to ask, not even for the run
+        alone = until(one, lambda e: e["event"] == "round")
+        assert alone["members"] == 1
+        assert alone["round"] >= 4
+    (start_other,) = starts.values()
+    other = events(start_other().stdout)
+    together = until(one, lambda e: e["event"] == "round" and e["members"] == 2)
+    same = until(other, lambda e: e["event"] == "round" and e["round"] == together["round"])
+    assert together["round"] >= 4
+    assert same["digest"] == together["digest"]
+    assert {same["peer"], together["peer"]} == before
+    assert together["val_loss"] < begun["val_loss"] - 1.0
+    status, out, _ = shoal.run("status", "--json")
+    assert status == 0
+    assert all(json.loads(line)["checkpoint"] >= 4 for line in out.splitlines())
+
+
 def test_joining_nobody_is_one_line(shoal: Shoal, peer_id: str) -> None:
     link = f"shoal://{'ab' * 20}?peer=/ip4/127.0.0.1/tcp/9/p2p/{peer_id}"
     status, out, err = shoal.run("join", link, "--host", "127.0.0.1")
@@ -300,3 +356,52 @@ def test_a_port_that_is_taken_is_one_line(shoal: Shoal) -> None:
     assert status == 2
     assert port in err
     assert err.count("\n") == 1
+
+
+def test_a_demo_of_chaos_trains_agrees_and_brings_everybody_back(shoal: Shoal) -> None:
+    status, out, err = shoal.run(
+        *("demo", "--chaos", "--peers", "4", "--minutes", "0.7", "--local-steps", "4"),
+        *("--seed", "2", "--json"),
+    )
+    assert status == 0, err
+    assert "--seed 2" in err
+    lines = [json.loads(line) for line in out.splitlines()]
+    deeds = [line for line in lines if line["event"] == "chaos"]
+    assert deeds
+    for number in {deed["number"] for deed in deeds}:
+        actions = [deed["action"] for deed in deeds if deed["number"] == number]
+        mended = {"kill": "revive", "freeze": "thaw"}
+        assert actions[1::2] == [mended[action] for action in actions[::2]]
+    summary = lines[-1]
+    assert summary["digests_agree"]
+    assert summary["chaos_seed"] == 2
+    assert summary["faults"] == len(deeds) / 2
+    assert summary["last_val_loss"] < summary["first_val_loss"]
+    assert sum(line["event"] == "done" for line in lines) == 4
+    for use in summary["memory"]:
+        assert use["last_quarter_mb"] > 50
+    shoal.gone_within(5)
+
+
+@pytest.mark.parametrize("ending", [signal.SIGKILL, *([signal.SIGINT] if EVERYTHING else [])])
+def test_frozen_peers_do_not_outlive_a_demo(shoal: Shoal, ending: signal.Signals) -> None:
+    demo = shoal.start(
+        *("demo", "--chaos", "--peers", "3", "--rounds", "1000", "--local-steps", "2"),
+        *("--seed", "1", "--json"),
+    )
+    until(events(demo.stdout), lambda event: event["event"] == "round")
+    frozen = 0
+    deadline = time.monotonic() + 60
+    while not frozen and time.monotonic() < deadline:
+        frozen = sum(_is_frozen(pid) for pid in shoal.pids())
+        time.sleep(0.02)
+    assert frozen
+    demo.send_signal(ending)
+    demo.communicate(timeout=30)
+    shoal.gone_within(10)
+
+
+def _is_frozen(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("T")
+    return False
