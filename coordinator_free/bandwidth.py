@@ -1,0 +1,292 @@
+"""How fast a peer's links are: what it measures of its own, and what is believed of others'.
+
+**Measuring.** `Gauge` watches an exchange's bytes go by. A link is often idle, waiting for others,
+so its speed is the best rate that any stretch of the exchange shows (Cardwell et al. 2016, BBR: a
+windowed maximum of the delivery rate). A stretch begins where bytes were seen to arrive and counts
+for two sampling intervals more than it lasted. One makes up for its ends, which are known only so
+well; with the other, the best of many short stretches of a speed that trembles is hardly more than
+its mean. So a long busy stretch is measured exactly, a short one too low by the share of two
+intervals, and no steady link too high. Between exchanges a measurement fades: fast if a later
+exchange used the link steadily and was slower, slowly if that left it idle for most of the time,
+which says little.
+
+**Believing.** A claim is checked where it matters: by when a reducer's slice is done, and when a
+contributor has sent its part. `Trust` is one member's view: of a peer that was much later than
+planned, as others were not, it believes the bandwidth that it showed. While that one keeps to time
+it is believed a quarter more every round; if that makes it late, the step is taken back, and the
+next one waits for longer. What it claims meanwhile is no matter. `settle` takes each claim, but no
+more of it than the median member believes.
+
+Guarantees: a claim that is too high delays one exchange, and later ones by a step at most; one that
+is too low costs its author alone; fewer than half of the others, saying what they like of a peer,
+move no median beyond what the honest say. Not guaranteed: that a link without enough traffic is
+measured at its full speed; and a leader can plan as badly as it likes for one round, believing or
+not.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+UNKNOWN = 0.0
+MIN_BPS, MAX_BPS = 1e3, 1e12  # no plan is made for less or more, whatever is claimed
+
+# -- measuring --------------------------------------------------------------------------------
+MIN_SAMPLES = 4  # of an exchange that is over sooner nothing is learned
+MAX_SAMPLES = 512  # kept of one exchange; of a longer one every second, every fourth...
+LADDER = 1.25  # stretches of every length are tried, but for this factor
+STEADY = 0.5  # an exchange that used the link for this part of the time tests it
+FADE = 0.7  # an older measurement's part after an exchange that was slower throughout
+IDLE_FADE = 0.98  # the same after one that left the link idle
+
+# -- believing --------------------------------------------------------------------------------
+LATE = 1.5  # times the plan's time: more is a wrong claim, less can be chance
+LATE_S = 0.25  # and at least so much more: a short exchange is late by a moment's load
+RAISE = 1.25  # a round, while a peer keeps to time
+RAISE_LATE = 1.1  # a raise that makes it later than this is taken back
+MAX_PAUSE = 8  # rounds until the next try; twice as many after each failed one
+NEVER_DONE = 1 / 16  # of what was believed is believed of one whose slice never came
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rate:
+    """Bytes per second each way; 0: unknown."""
+
+    up_bps: float
+    down_bps: float
+
+    def __post_init__(self) -> None:
+        for bps in (self.up_bps, self.down_bps):
+            if not (math.isfinite(bps) and bps >= 0):
+                raise ValueError(f"{bps} bytes per second are no bandwidth")
+
+    def times(self, factor: float) -> Rate:
+        """So many times as fast, up to `MAX_BPS`."""
+        return Rate(
+            up_bps=min(self.up_bps * factor, MAX_BPS), down_bps=min(self.down_bps * factor, MAX_BPS)
+        )
+
+
+_ANY = Rate(up_bps=UNKNOWN, down_bps=UNKNOWN)
+
+
+class Gauge:
+    """The speed of one peer's links, from what its exchanges moved.
+
+    Bytes count when they have left or arrived: what a socket has merely taken would make the
+    filling of its buffer look like speed.
+    """
+
+    def __init__(self) -> None:
+        self._samples: list[tuple[float, int, int]] = []
+        self._every = 1  # only this one of so many samples is kept
+        self._skipped = 0
+        self._up = UNKNOWN
+        self._down = UNKNOWN
+
+    @property
+    def rate(self) -> Rate:
+        """What is known so far."""
+        return Rate(up_bps=self._up, down_bps=self._down)
+
+    def sample(self, now: float, up_bytes: int, down_bytes: int) -> None:
+        """What has passed by now, counted from wherever; every 50 to 100 ms while exchanging."""
+        if self._samples and now <= self._samples[-1][0]:
+            return
+        self._skipped += 1
+        if self._skipped < self._every:
+            return
+        self._skipped = 0
+        self._samples.append((now, up_bytes, down_bytes))
+        if len(self._samples) > MAX_SAMPLES:
+            del self._samples[1::2]
+            self._every *= 2
+
+    def finish(self) -> None:
+        """The exchange is over: learn from it."""
+        samples, self._samples = self._samples, []
+        self._every, self._skipped = 1, 0
+        if len(samples) >= MIN_SAMPLES:
+            self._up = _learn(self._up, [(now, up) for now, up, _ in samples])
+            self._down = _learn(self._down, [(now, down) for now, _, down in samples])
+
+
+def _learn(known: float, seen: Sequence[tuple[float, int]]) -> float:
+    """The new estimate, from the old one and one exchange's (time, bytes so far)."""
+    best = _best_rate(seen)
+    if best == 0:
+        return known
+    (first_at, first), (last_at, last) = seen[0], seen[-1]
+    busy = (last - first) / (best * (last_at - first_at))
+    return max(best, known * (FADE if busy >= STEADY else IDLE_FADE))
+
+
+def _best_rate(seen: Sequence[tuple[float, int]]) -> float:
+    """The highest rate of a stretch, as the module's text defines it."""
+    # (its sample's number, its time less two intervals)
+    begins = [
+        (number, 2 * before[0] - here[0])
+        for number, (before, here) in enumerate(itertools.pairwise(seen), start=1)
+        if here[1] > before[1]
+    ]
+    best = 0.0
+    length, last = 1, len(seen) - 1
+    while length < last:
+        for number, since in begins:
+            end = number + length
+            if end > last:
+                break
+            best = max(best, (seen[end][1] - seen[number][1]) / (seen[end][0] - since))
+        length = max(length + 1, int(length * LADDER))
+    return best
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Delivery:
+    """How one peer kept to the plan, as one member saw it.
+
+    Attributes:
+        believed: the rate that the plan was made with.
+        planned_s: when the plan's exchange is over.
+        needed_s: what the peer's own links need for what it delivers here.
+        took_s: when it had delivered that, less the time for which it could not because others kept
+            it waiting; infinite if it never did.
+    """
+
+    believed: Rate
+    planned_s: float
+    needed_s: float
+    took_s: float
+
+    def __post_init__(self) -> None:
+        if not (0 < self.planned_s < math.inf and self.needed_s >= 0 and self.took_s >= 0):
+            raise ValueError(f"took {self.took_s} s of {self.needed_s}, planned {self.planned_s}")
+
+
+@dataclass(slots=True)
+class _Doubt:
+    """A peer that was late once: what it has shown that it can do, and when it may try more."""
+
+    good: Rate
+    raised: bool = False  # the next plan may believe a step more
+    pause: int = 1
+    left: int = 1
+
+    def wait(self) -> None:
+        """A round went by and there was nothing to object to."""
+        self.left = max(0, self.left - 1)
+        self.raised = self.left == 0
+
+
+class Trust:
+    """What one member believes of the others' claims."""
+
+    def __init__(self) -> None:
+        self._doubts: dict[str, _Doubt] = {}
+
+    @property
+    def view(self) -> dict[str, Rate]:
+        """The most that is believed of each peer that was late once; all others' claims are."""
+        return {
+            peer: doubt.good.times(RAISE) if doubt.raised else doubt.good
+            for peer, doubt in self._doubts.items()
+        }
+
+    def keep(self, peers: Iterable[str]) -> None:
+        """Forget all others: they are not in the roster any more."""
+        known = set(peers)
+        self._doubts = {peer: doubt for peer, doubt in self._doubts.items() if peer in known}
+
+    def observe(
+        self, reducers: Mapping[str, Delivery], contributors: Mapping[str, Delivery]
+    ) -> None:
+        """An exchange is over.
+
+        Args:
+            reducers: whose slices came here, without this member.
+            contributors: who contributed to the slices of this member, without this member.
+        """
+        verdicts: dict[str, tuple[float, Delivery]] = {}
+        for role in (reducers, contributors):
+            for peer, delivery in role.items():
+                verdict = _excess(peer, role), delivery
+                if peer not in verdicts or verdicts[peer][0] < verdict[0]:
+                    verdicts[peer] = verdict
+        for peer, doubt in self._doubts.items():
+            if peer not in verdicts:
+                if doubt.raised:
+                    doubt.good = doubt.good.times(RAISE)  # until it is asked for something again
+                doubt.wait()
+        for peer, (excess, delivery) in verdicts.items():
+            self._judge(peer, excess, delivery)
+
+    def _judge(self, peer: str, excess: float, delivery: Delivery) -> None:
+        doubt = self._doubts.get(peer)
+        if excess > LATE and delivery.took_s * (1 - 1 / excess) > LATE_S:
+            # In this time its links moved what they were to move in `needed_s`.
+            used = min(1.0, delivery.needed_s / delivery.planned_s)
+            shown = used / excess if math.isfinite(excess) else NEVER_DONE
+            pause = doubt.pause if doubt is not None else 1
+            self._doubts[peer] = _Doubt(delivery.believed.times(shown), pause=pause, left=pause)
+        elif doubt is not None:
+            more = delivery.believed.up_bps > doubt.good.up_bps * 1.01  # than it has shown
+            if more and excess > RAISE_LATE:
+                doubt.raised = False
+                doubt.pause = doubt.left = min(2 * doubt.pause, MAX_PAUSE)
+                return
+            if more:
+                doubt.good = delivery.believed
+                doubt.pause, doubt.left = 1, 0
+            doubt.wait()
+
+
+def _excess(peer: str, role: Mapping[str, Delivery]) -> float:
+    """How many times as long as planned it took, and as the others took, if those were late, too.
+
+    Where others are late as well, it is the plan, or this member's own link.
+    """
+    ratios = {name: delivery.took_s / delivery.planned_s for name, delivery in role.items()}
+    own = ratios.pop(peer)
+    usual = max(1.0, statistics.median_low(ratios.values())) if ratios else 1.0
+    return own / usual if math.isfinite(usual) else 1.0
+
+
+def settle(claims: Mapping[str, Rate], views: Mapping[str, Mapping[str, Rate]]) -> dict[str, Rate]:
+    """What to plan with.
+
+    Args:
+        claims: by peer.
+        views: by member, what it believes of others at most; of itself it is not asked.
+
+    Returns:
+        A rate above 0 for every peer with a claim. One that is unknown is the median of the known
+        ones; if none is known, all are equal, and times planned with them mean nothing.
+    """
+    ups = [claim.up_bps for claim in claims.values()]
+    downs = [claim.down_bps for claim in claims.values()]
+    usual_up, usual_down = _usual(ups, downs), _usual(downs, ups)
+    settled = {}
+    for peer, claim in claims.items():
+        said = [view.get(peer, _ANY) for member, view in views.items() if member != peer]
+        settled[peer] = Rate(
+            up_bps=_most(claim.up_bps or usual_up, [most.up_bps for most in said]),
+            down_bps=_most(claim.down_bps or usual_down, [most.down_bps for most in said]),
+        )
+    return settled
+
+
+def _most(claim: float, said: list[float]) -> float:
+    """The claim, unless most say that it is less. Of two in the middle the one that says more."""
+    if said:
+        claim = min(claim, statistics.median_high(bps or math.inf for bps in said))
+    return min(max(claim, MIN_BPS), MAX_BPS)
+
+
+def _usual(rates: Iterable[float], other_way: Iterable[float]) -> float:
+    """What to take for unknown; where nothing is known of a direction, it is the wider one."""
+    known = [rate for rate in rates if rate > 0]
+    return statistics.median(known) if known else max(other_way, default=0.0) or MIN_BPS
