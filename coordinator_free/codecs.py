@@ -1,40 +1,63 @@
-"""How a slice of the vector becomes bytes: fp32, bf16, and block-wise int8 and int4.
+"""How a slice of the vector becomes bytes: fp32, bf16, and block-wise int8, int4 and int2.
 
 Layouts (little-endian; n elements; a block is 256 consecutive ones, the last may be shorter):
 
     fp32    n x float32
     bf16    n x bfloat16
-    int8    ceil(n / 256) x bfloat16 scale, then n x int8
-    int4    ceil(n / 256) x bfloat16 scale, then ceil(n / 2) bytes: element 2i is the low nibble of
-            byte i, element 2i + 1 the high one, each stored as q + 8; a last lone nibble is padded
-            with 0
+    int8    ceil(n / 256) x bfloat16 scale, then the blocks: L bytes for one of L elements
+    int4    the same with ceil(L / 2) bytes a block
+    int2    the same with ceil(L / 4) bytes a block
 
-A quantised element is q * scale, q = round_half_even(x / scale), where the scale is max|x| of the
-block / q_max (127 or 7), rounded *up* to bfloat16. Hence |q| <= q_max without a clamp, and the
-error is at most 0.505 * max|x| / q_max per element (half a step, and the scale's rounding).
-bfloat16 for the scale, rather than float16, because pseudo-gradients fall below float16's range;
-and because 8 bits of scale times 8 bits of q fit a float32, so that decoding never rounds.
+With K elements to a byte (1, 2, 4) and H = ceil(L / K) bytes, byte i of a block holds the elements
+i, i + H, i + 2H, ... from its low bits to its high ones, so that neighbours stay neighbours in the
+lanes of a vector unit. What lies at or beyond L is padding, and zero bits.
+
+int8 and int4: x is sent as q = round_half_even(x / scale), the scale being max|x| of the block /
+q_max (127 or 7), rounded *up* to bfloat16; int8 as two's complement, int4 as q + 8. Hence
+|q| <= q_max without a clamp, and the error is at most 0.505 * max|x| / q_max per element (half a
+step, and the scale's rounding).
+
+int2: one of the levels -1.5, -0.5, 0.5, 1.5 (0 to 3 in the bits) times the scale, the nearest one;
+halfway, the upper one. The scale is 1.25 x the mean |x| of the block: near the best for a Gaussian,
+and unlike max|x| not at the mercy of one outlier. In bits: with a_i = |x_i| / 256, or 0 where
+|x_i| <= 2^-110 (`MEAN_FLOOR`) and beyond L, the sum of a_0 .. a_255 is taken by halves (a_i +
+a_(i+128) for i < 128, then those i + 64 apart, and so on to one); times 1.25; over L / 256; rounded
+half to even to bfloat16; at most 0x7EAA. The error of an element is at most
+max(scale / 2, |x| - 1.5 * scale), whatever the scale. Error feedback makes up for what is cut off.
+
+A scale below `TINY` is sent as 0, and such a block as all +0. bfloat16 for the scale, rather than
+float16, because pseudo-gradients fall below float16's range; and because 8 bits of scale times 8
+bits of q fit a float32, so that decoding never rounds.
 
 Guarantees.
 - The bytes depend on nothing but the values. Every operation is a correctly rounded IEEE-754 one
-  (divide, round half to even, int-to-float, multiply, add), an integer one, or a comparison;
-  nothing reduces a sum, and what would be subnormal on the wire is made zero (`TINY`: elements of
-  bf16 and int8/int4 scales smaller than it), as processors disagree on those. x86, ARM, any vector
-  width, any thread count: the same.
-- `decode` and `decode_add` validate what they are given, in full, before they touch the output: a
-  wrong length, a NaN, an infinity, or a magnitude above `MAX_MAGNITUDE` (for int8 and int4: a scale
-  above that of `MAX_MAGNITUDE`) is a ValueError. A decoded number is always finite.
-- Work is done in segments that fit the cache and that torch does not split over threads: calls run
-  in worker threads side by side, with the GIL released inside each operation.
+  (divide, round half to even, int-to-float, multiply, add), an integer one, or a comparison; no
+  multiply is fused with an add; the one sum has a fixed order; and what would be subnormal on the
+  wire is made zero (`TINY`: elements of bf16 not larger than it, scales smaller), as processors
+  disagree on those. x86, ARM, any vector width, any thread count, numba or torch, CPU or GPU: the
+  same.
+- `decode` and `decode_add` validate what they are given: a wrong length, a NaN, an infinity, or a
+  magnitude above `MAX_MAGNITUDE` (for quantised ones: a scale above that of `MAX_MAGNITUDE`), or
+  padding that is not zero, is a ValueError. A decoded number is always finite; times a weight above
+  one, or added to another, it may not be. fp32 and bf16 are checked in the pass that decodes them,
+  so **after a ValueError the output holds anything**, and likewise `out` after encode's NonFinite.
+- Scratch is constant, a few times `SEGMENT` elements, whatever the length. (On a GPU: a few times
+  `DEVICE_SEGMENT`, and the encoded bytes once there and once in pinned memory.)
+- Calls run in worker threads side by side: the GIL is released, and no other thread is started.
 
 Not guaranteed: that the encoding is canonical (a q of -128 or -8 is never made, but is decoded), or
 that the numbers are honest. Both sides must be little-endian: the module does not load elsewhere.
+
+Two backends make the same bits: `kernels`, compiled by numba, one pass over the memory; and torch,
+a segment at a time, which serves where numba is missing and for tensors on a GPU. The latter path
+has been tested on the CPU's memory only: the copies from and to a GPU were never run.
 
 Source of the recipe: DiLoCo with int4 pseudo-gradients, arXiv:2501.18512.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -44,6 +67,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from coordinator_free import kernels
 from dht.errors import ConfigError
 
 if sys.byteorder != "little":
@@ -55,16 +79,22 @@ BLOCK: Final = 256
 """Elements under one scale. Quartering it would cost 6 % more bytes of int4 for little."""
 
 SEGMENT: Final = 32_768
-"""Elements worked on at once: 128 KiB of float32, and torch's grain size, above which it would
-start OpenMP threads inside every worker thread. A multiple of BLOCK, and even."""
+"""Elements that torch works on at once: 128 KiB of float32, and its grain size, above which it
+would start OpenMP threads inside every worker thread. A multiple of BLOCK."""
+
+DEVICE_SEGMENT: Final = 1 << 22
+"""The same on a GPU, where each operation should outlast its launch."""
 
 MAX_MAGNITUDE: Final = 2.0**127
 """Largest |x| that any codec carries. Half of float32's range, so that neither bfloat16's rounding
 nor a scale that was rounded up can turn a finite number into an infinite one."""
 
-TINY: Final = 2.0**-120
-"""Below this, a bf16 element or a quantisation scale is sent as zero."""
+TINY: Final = kernels.TINY
 
+_MAX_BITS: Final = 0x7F00_0000  # MAX_MAGNITUDE's; NaNs and infinities have larger ones
+_SIGNLESS: Final = 0x7FFF_FFFF
+_TINY_SCALE: Final = 0x0380  # TINY's bits as bfloat16
+_ONE_SCALE: Final = 0x3F80
 _SCALE_BYTES: Final = 2
 
 
@@ -93,26 +123,39 @@ class Codec(Protocol):
         """Write the values as bytes.
 
         Args:
-            values_N: (N,) float32, CPU, contiguous. Not changed.
-            out: writable, contiguous, at least `encoded_bytes(N)` long; None allocates.
+            values_N: (N,) float32, contiguous, on the CPU or a CUDA device. Not changed.
+            out: writable, contiguous, at least `encoded_bytes(N)` long, of any alignment; None
+                allocates, for a CUDA tensor pinned memory.
 
         Returns:
-            Exactly `encoded_bytes(N)` bytes: the head of `out`, or fresh memory.
+            Exactly `encoded_bytes(N)` bytes: the head of `out`, or fresh memory, or without `out`
+            and for fp32 the memory of the values themselves. Those of a CUDA tensor have arrived;
+            the device's current stream was not waited for beyond them.
 
         Raises:
-            NonFinite: what cannot be averaged must not be sent. `out` is as it was.
+            NonFinite: what cannot be averaged must not be sent. `out` holds anything.
             ValueError: wrong dtype, device, shape or size of `out`.
         """
         ...
 
-    def decode(self, payload: Buffer, n: int) -> Tensor:
+    def decode(
+        self, payload: Buffer, n: int, out_N: Tensor | None = None, weight: float | None = None
+    ) -> Tensor:
         """Read n elements back.
 
+        Args:
+            payload: n encoded elements, of any alignment.
+            n: how many.
+            out_N: where to, (n,) float32, contiguous, on the CPU or a CUDA device; None allocates
+                on the CPU. A CUDA one is written on the device's current stream.
+            weight: finite; multiplies each element, rounding once, so that the first contribution
+                to a sum needs no zeros before it.
+
         Returns:
-            (n,) float32, CPU, freshly allocated, all finite.
+            `out_N`, all finite (with a weight of at most one).
 
         Raises:
-            ValueError: as `validate`.
+            ValueError: as `validate`; `out_N` holds anything then. Or a mistake in the arguments.
         """
         ...
 
@@ -120,18 +163,20 @@ class Codec(Protocol):
         """Compute `into += weight * decoded`, in two roundings: a multiply, then an add.
 
         Args:
-            payload: n encoded elements.
+            payload: n encoded elements, of any alignment.
             n: how many; the length of `into_N`.
             weight: finite; rounded to float32 before it is used.
-            into_N: (n,) float32, CPU, contiguous. Changed in place.
+            into_N: (n,) float32, contiguous, as `decode`'s. Changed in place.
 
         Raises:
-            ValueError: as `validate`, and before anything is added.
+            ValueError: as `validate`; `into_N` holds anything then. Or a mistake in the arguments.
         """
         ...
 
     def validate(self, payload: Buffer, n: int) -> None:
         """Check a payload without decoding it; the two above do so by themselves.
+
+        Reads all of fp32 and bf16, of the others only the scales and the padding.
 
         Raises:
             ValueError: wrong length, or a number that is not finite or too large.
@@ -140,37 +185,19 @@ class Codec(Protocol):
 
 
 def _checked_vector(values_N: Tensor, what: str) -> Tensor:
-    """Refuse what the kernels below would misread; the caller's own mistake, never a peer's."""
-    if values_N.dtype != torch.float32 or values_N.device.type != "cpu":
-        raise ValueError(f"{what} must be float32 on the CPU, not {values_N.dtype}")
+    """Refuse what the kernels would misread; the caller's own mistake, never a peer's."""
+    if values_N.dtype != torch.float32 or values_N.device.type not in ("cpu", "cuda"):
+        raise ValueError(
+            f"{what} must be float32 on the CPU or a CUDA device, "
+            f"not {values_N.dtype} on {values_N.device}"
+        )
     if values_N.ndim != 1 or not values_N.is_contiguous():
         raise ValueError(f"{what} must be one contiguous row, not {tuple(values_N.shape)}")
     return values_N.detach()
 
 
-def _segments(n: int) -> Iterator[tuple[int, int]]:
-    """Cut 0..n into (start, stop) of at most SEGMENT, each of whole blocks, but for a last rest."""
-    whole = n - n % BLOCK
-    for start in range(0, whole, SEGMENT):
-        yield start, min(start + SEGMENT, whole)
-    if whole < n:
-        yield whole, n
-
-
-def _refuse_wild(values_N: Tensor, error: type[ValueError]) -> None:
-    """Raise `error` unless every |x| <= MAX_MAGNITUDE. A NaN fails each comparison."""
-    for start in range(0, len(values_N), SEGMENT):
-        low, high = torch.aminmax(values_N[start : start + SEGMENT])
-        if not (low.item() >= -MAX_MAGNITUDE and high.item() <= MAX_MAGNITUDE):
-            raise error(f"a value is not finite, or larger than {MAX_MAGNITUDE:g}")
-
-
 class _Base(ABC):
-    """What all codecs share: the checks, the buffers, and the walk over segments.
-
-    Payload bytes are moved by numpy copies into aligned scratch and from it: a slice of a network
-    message has any alignment and is read-only, and torch wants neither.
-    """
+    """What all codecs share: the checks, the buffers, and the choice of the backend."""
 
     name: str
     block: int
@@ -179,132 +206,229 @@ class _Base(ABC):
     def encoded_bytes(self, n: int) -> int: ...
 
     @abstractmethod
-    def _write(self, values_N: Tensor, target: np.ndarray) -> None:
-        """Encode into exactly as many bytes as are needed; NonFinite before the first of them."""
-
-    @abstractmethod
     def _check(self, source: np.ndarray, n: int) -> None:
         """Raise ValueError unless all of the payload, of the right length, is sound."""
 
     @abstractmethod
-    def _read(self, source: np.ndarray, n: int, out_N: Tensor, start: int) -> None:
-        """Decode elements start .. start + len(out_N) of a sound payload; start is a segment's."""
+    def _encode(self, values_N: np.ndarray, target: np.ndarray) -> int:
+        """Encode by kernels. Returns the bits of the largest |x|."""
+
+    @abstractmethod
+    def _decode(self, source: np.ndarray, out_N: np.ndarray, weight: np.float32, add: bool) -> None:
+        """Check and decode by kernels."""
+
+    @abstractmethod
+    def _write(self, part_N: Tensor, target: np.ndarray | Tensor, start: int, n: int) -> Tensor:
+        """Encode by torch a segment that starts at element `start` of n. Returns bits, too."""
+
+    @abstractmethod
+    def _read(self, source: np.ndarray | Tensor, start: int, stop: int, n: int) -> Tensor:
+        """Decode by torch the elements start .. stop of n, into fresh memory."""
 
     def encode(self, values_N: Tensor, out: memoryview | None = None) -> memoryview:
         values_N = _checked_vector(values_N, "values")
         size = self.encoded_bytes(len(values_N))
-        if out is None:
-            target = np.empty(size, np.uint8)
+        if out is not None and (out.readonly or not out.c_contiguous or out.nbytes < size):
+            raise ValueError(f"the output must be writable, contiguous and have {size} bytes")
+        if size == 0:
+            return memoryview(b"")
+        if out is not None:
+            target = np.frombuffer(out, np.uint8, count=size)
         else:
-            if out.readonly or out.nbytes < size:
-                raise ValueError(f"the output must be writable and have {size} bytes")
-            target = np.frombuffer(out, np.uint8, count=size) if size else np.empty(0, np.uint8)
-        self._write(values_N, target)
+            target = _pinned(size).numpy() if values_N.is_cuda else np.empty(size, np.uint8)
+        if values_N.is_cuda:
+            largest = self._encode_on_device(values_N, target, pinned=out is None)
+        elif kernels.compiled():
+            largest = self._encode(values_N.numpy(), target)
+        else:
+            largest = int(self._encode_by_torch(values_N, target))
+        if largest > _MAX_BITS:
+            raise NonFinite(f"a value is not finite, or larger than {MAX_MAGNITUDE:g}")
         return target.data
 
-    def decode(self, payload: Buffer, n: int) -> Tensor:
-        source = self._sound(payload, n)
-        out_N = torch.empty(n, dtype=torch.float32)
-        for start, stop in _segments(n):
-            self._read(source, n, out_N[start:stop], start)
+    def decode(
+        self, payload: Buffer, n: int, out_N: Tensor | None = None, weight: float | None = None
+    ) -> Tensor:
+        source = self._bytes(payload, n)
+        if out_N is None:
+            out_N = torch.empty(n, dtype=torch.float32)
+        self._decode_into(source, out_N, n, 1.0 if weight is None else weight, add=False)
         return out_N
 
     def decode_add(self, payload: Buffer, n: int, weight: float, into_N: Tensor) -> None:
-        into_N = _checked_vector(into_N, "the sum")
-        if len(into_N) != n:
-            raise ValueError(f"the sum has {len(into_N)} elements, not {n}")
-        if not abs(weight) <= MAX_MAGNITUDE:
-            raise ValueError(f"weight {weight} is not finite")
-        source = self._sound(payload, n)
-        scratch = torch.empty(min(n, SEGMENT), dtype=torch.float32)
-        for start, stop in _segments(n):
-            part = scratch[: stop - start]
-            self._read(source, n, part, start)
-            # Two statements and not add_(alpha=weight): that one fuses where the processor can.
-            part.mul_(weight)
-            into_N[start:stop].add_(part)
+        self._decode_into(self._bytes(payload, n), into_N, n, weight, add=True)
 
     def validate(self, payload: Buffer, n: int) -> None:
-        self._sound(payload, n)
+        source = self._bytes(payload, n)
+        if n:
+            self._check(source, n)
 
-    def _sound(self, payload: Buffer, n: int) -> np.ndarray:
+    def _bytes(self, payload: Buffer, n: int) -> np.ndarray:
+        """The payload, once its length is right."""
         view = memoryview(payload)
         if n < 0 or not view.c_contiguous or view.nbytes != self.encoded_bytes(n):
             raise ValueError(f"{view.nbytes} bytes are not {n} elements of {self.name}")
+        return np.frombuffer(view, np.uint8) if n else np.empty(0, np.uint8)
+
+    def _decode_into(
+        self, source: np.ndarray, out_N: Tensor, n: int, weight: float, add: bool
+    ) -> None:
+        out_N = _checked_vector(out_N, "the output")
+        if len(out_N) != n:
+            raise ValueError(f"the output has {len(out_N)} elements, not {n}")
+        if not abs(weight) <= MAX_MAGNITUDE:
+            raise ValueError(f"weight {weight} is not finite")
         if n == 0:
-            return np.empty(0, np.uint8)
-        source = np.frombuffer(view, np.uint8)
-        self._check(source, n)
-        return source
+            return
+        if kernels.compiled() and not out_N.is_cuda:
+            self._decode(source, out_N.numpy(), np.float32(weight), add)
+            return
+        self._check(source, n)  # for a GPU, too, by the CPU: nothing to wait for afterwards
+        bytes_B = _upload(source, out_N.device) if out_N.is_cuda else source
+        for start, stop in _segments(n, out_N.is_cuda):
+            # Two statements and not add_(alpha=weight): that one fuses where the processor can.
+            part_N = self._read(bytes_B, start, stop, n).mul_(weight)
+            if add:
+                out_N[start:stop].add_(part_N)
+            else:
+                out_N[start:stop].copy_(part_N)
+
+    def _encode_by_torch(self, values_N: Tensor, target: np.ndarray | Tensor) -> Tensor:
+        """Encode on the device that holds the values. Returns the bits of the largest |x|."""
+        n = len(values_N)
+        largest = torch.zeros((), dtype=torch.int32, device=values_N.device)
+        for start, stop in _segments(n, values_N.is_cuda):
+            part = self._write(values_N[start:stop], target, start, n)
+            largest = torch.maximum(largest, part)
+        return largest
+
+    def _encode_on_device(self, values_N: Tensor, target: np.ndarray, pinned: bool) -> int:
+        """Encode on a GPU, bring the bytes here, and wait for nothing but them."""
+        with torch.cuda.device(values_N.device):
+            bytes_B = torch.empty(len(target), dtype=torch.uint8, device=values_N.device)
+            largest = self._encode_by_torch(values_N, bytes_B)
+            landed_B = torch.from_numpy(target) if pinned else _pinned(len(target))
+            landed = torch.empty((), dtype=torch.int32, pin_memory=True)
+            side = _side_stream(values_N.device)
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                landed_B.copy_(bytes_B, non_blocking=True)
+                landed.copy_(largest, non_blocking=True)
+                # Waiting sleeps; by default it would spin on a core.
+                done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+                done.record(side)
+            bytes_B.record_stream(side)
+            largest.record_stream(side)
+            done.synchronize()
+        if not pinned:
+            np.copyto(target, landed_B.numpy())
+        return int(landed)
 
 
-class _Fp32(_Base):
+class _Floats(_Base):
+    """Codecs without scales: each element is a float of some width."""
+
+    block = 1
+    size: int
+
+    def encoded_bytes(self, n: int) -> int:
+        return self.size * n
+
+    @abstractmethod
+    def _largest(self, source: np.ndarray) -> int:
+        """By a kernel: bits of the largest |x|, as a float32, of a payload."""
+
+    def _check(self, source: np.ndarray, n: int) -> None:
+        if kernels.compiled():
+            self._refuse(self._largest(source))
+            return
+        for start, stop in _segments(n):
+            self._refuse(int(_largest(self._read(source, start, stop, n))))
+
+    @staticmethod
+    def _refuse(largest: int) -> None:
+        if largest > _MAX_BITS:
+            raise ValueError(f"a value is not finite, or larger than {MAX_MAGNITUDE:g}")
+
+
+class _Fp32(_Floats):
     """The values as they are: for tests, for the first round's sanity, for fast networks."""
 
     name = "fp32"
-    block = 1
+    size = 4
 
-    def encoded_bytes(self, n: int) -> int:
-        return 4 * n
+    def encode(self, values_N: Tensor, out: memoryview | None = None) -> memoryview:
+        values_N = _checked_vector(values_N, "values")
+        if out is not None or values_N.is_cuda or not len(values_N):
+            return super().encode(values_N, out)
+        own = values_N.numpy().view(np.uint8)
+        try:
+            self._check(own, len(values_N))
+        except ValueError as error:
+            raise NonFinite(str(error)) from None
+        return own.data.toreadonly()
 
-    def _write(self, values_N: Tensor, target: np.ndarray) -> None:
-        _refuse_wild(values_N, NonFinite)
-        np.copyto(target.view(np.float32), values_N.numpy())
+    def _encode(self, values_N: np.ndarray, target: np.ndarray) -> int:
+        # Copying by a kernel would multiply by a weight of 1, which may flush subnormals.
+        np.copyto(target.view(np.float32), values_N)
+        return kernels.largest_fp32(values_N)
 
-    def _check(self, source: np.ndarray, n: int) -> None:
-        scratch = torch.empty(min(n, SEGMENT), dtype=torch.float32)
-        for start, stop in _segments(n):
-            part = scratch[: stop - start]
-            self._read(source, n, part, start)
-            _refuse_wild(part, ValueError)
+    def _largest(self, source: np.ndarray) -> int:
+        return kernels.largest_fp32(source.view(np.float32))
 
-    def _read(self, source: np.ndarray, n: int, out_N: Tensor, start: int) -> None:
-        stop = start + len(out_N)
-        np.copyto(out_N.numpy(), source[4 * start : 4 * stop].view(np.float32))
+    def _decode(self, source: np.ndarray, out_N: np.ndarray, weight: np.float32, add: bool) -> None:
+        self._refuse(kernels.decode_fp32(source.view(np.float32), out_N, weight, add))
+
+    def _write(self, part_N: Tensor, target: np.ndarray | Tensor, start: int, n: int) -> Tensor:
+        _store(target, 4 * start, part_N)
+        return _largest(part_N)
+
+    def _read(self, source: np.ndarray | Tensor, start: int, stop: int, n: int) -> Tensor:
+        return _load(source, 4 * start, 4 * stop).view(torch.float32)
 
 
-class _Bf16(_Base):
+class _Bf16(_Floats):
     """The upper half of each float32, rounded to nearest even: relative error at most 2^-8."""
 
     name = "bf16"
-    block = 1
+    size = 2
 
-    def encoded_bytes(self, n: int) -> int:
-        return 2 * n
+    def _encode(self, values_N: np.ndarray, target: np.ndarray) -> int:
+        return kernels.encode_bf16(values_N, target.view(np.uint16))
 
-    def _write(self, values_N: Tensor, target: np.ndarray) -> None:
-        _refuse_wild(values_N, NonFinite)
-        scratch = torch.empty(min(len(values_N), SEGMENT), dtype=torch.bfloat16)
-        for start, stop in _segments(len(values_N)):
-            part = scratch[: stop - start]
-            # hardshrink zeroes |x| <= TINY in one pass: some processors' bfloat16 instructions
-            # flush subnormals, others keep them.
-            part.copy_(torch.nn.functional.hardshrink(values_N[start:stop], TINY))
-            np.copyto(target[2 * start : 2 * stop].view(np.int16), part.view(torch.int16).numpy())
+    def _largest(self, source: np.ndarray) -> int:
+        return kernels.largest_bf16(source.view(np.uint16))
 
-    def _check(self, source: np.ndarray, n: int) -> None:
-        scratch = torch.empty(min(n, SEGMENT), dtype=torch.float32)
-        for start, stop in _segments(n):
-            part = scratch[: stop - start]
-            self._read(source, n, part, start)
-            _refuse_wild(part, ValueError)
+    def _decode(self, source: np.ndarray, out_N: np.ndarray, weight: np.float32, add: bool) -> None:
+        self._refuse(kernels.decode_bf16(source.view(np.uint16), out_N, weight, add))
 
-    def _read(self, source: np.ndarray, n: int, out_N: Tensor, start: int) -> None:
-        stop = start + len(out_N)
-        raw = torch.empty(len(out_N), dtype=torch.int16)
-        np.copyto(raw.numpy(), source[2 * start : 2 * stop].view(np.int16))
-        out_N.copy_(raw.view(torch.bfloat16))
+    def _write(self, part_N: Tensor, target: np.ndarray | Tensor, start: int, n: int) -> Tensor:
+        # hardshrink zeroes |x| <= TINY in one pass: some processors' bfloat16 instructions flush
+        # subnormals, others keep them.
+        _store(target, 2 * start, torch.nn.functional.hardshrink(part_N, TINY).to(torch.bfloat16))
+        return _largest(part_N)
+
+    def _read(self, source: np.ndarray | Tensor, start: int, stop: int, n: int) -> Tensor:
+        return _load(source, 2 * start, 2 * stop).view(torch.bfloat16).to(torch.float32)
 
 
 class _Quantised(_Base):
-    """Block-wise symmetric integers, see the module's docstring."""
+    """Block-wise small integers, see the module's docstring."""
 
     block = BLOCK
-    q_max: int
+    bits: int
+    largest_scale: int
+    """Bits, as bfloat16, of the largest scale that is accepted."""
+    encode_kernel: kernels.EncodeBlocks
+    decode_kernel: kernels.DecodeBlocks
 
-    def __init__(self) -> None:
-        bits, _ = self._scales(torch.tensor([MAX_MAGNITUDE]))
-        self._largest_scale_bits = int(bits.item())
+    @abstractmethod
+    def _codes(self, values_RW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantise rows. Returns (R,) bits of max|x|, (R,) int32 bfloat16 scales, (R, W) uint8."""
+
+    @abstractmethod
+    def _levels(self, codes_RW: Tensor) -> Tensor:
+        """What to multiply by the scale, (R, W) float32."""
 
     def encoded_bytes(self, n: int) -> int:
         return self._scales_bytes(n) + self._quanta_bytes(n)
@@ -313,137 +437,238 @@ class _Quantised(_Base):
     def _scales_bytes(n: int) -> int:
         return _SCALE_BYTES * -(-n // BLOCK)
 
-    @abstractmethod
     def _quanta_bytes(self, n: int) -> int:
-        """Bytes of n integers without their scales."""
+        whole, rest = divmod(n, BLOCK)
+        return whole * (BLOCK * self.bits // 8) + -(-rest * self.bits // 8)
 
-    @abstractmethod
-    def _write_quanta(self, rounded_N: Tensor, target: np.ndarray) -> None:
-        """Store float32 integers in -q_max .. q_max; `rounded_N` may be overwritten."""
-
-    @abstractmethod
-    def _read_quanta(self, source: np.ndarray, out_N: Tensor) -> None:
-        """Load them back as float32."""
-
-    def _write(self, values_N: Tensor, target: np.ndarray) -> None:
+    def _blocks(
+        self, encoded: np.ndarray, values_N: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Views of (scales_R, quanta_RH, values_RW): of the whole blocks, then of the short one."""
         n = len(values_N)
         split = self._scales_bytes(n)
-        quanta = target[split:]
-        # Two walks: the scales of all blocks are worked out in one go, as what they cost is the
-        # ten calls into torch, not the arithmetic.
-        scratch = torch.empty(min(n, SEGMENT), dtype=torch.float32)
-        largest_R = torch.empty(split // _SCALE_BYTES, dtype=torch.float32)
-        for start, stop in _segments(n):
-            values_RB, work_RB = (
-                self._rows(values_N[start:stop]),
-                self._rows(scratch[: stop - start]),
-            )
-            rows = largest_R[start // BLOCK : start // BLOCK + len(values_RB)]
-            torch.amax(torch.abs(values_RB, out=work_RB), 1, out=rows)
-        _refuse_wild(largest_R, NonFinite)
-        bits_R, divisor_R = self._scales(largest_R)
-        np.copyto(target[:split].view(np.int16), bits_R.numpy())
-        for start, stop in _segments(n):
-            values_RB, work_RB = (
-                self._rows(values_N[start:stop]),
-                self._rows(scratch[: stop - start]),
-            )
-            rows = divisor_R[start // BLOCK : start // BLOCK + len(values_RB)]
-            torch.div(values_RB, rows[:, None], out=work_RB)
-            work_RB.round_()  # half to even
-            self._write_quanta(
-                work_RB.view(-1), quanta[self._quanta_bytes(start) : self._quanta_bytes(stop)]
-            )
+        scales = encoded[:split].view(np.uint16)
+        quanta = encoded[split:]
+        whole, rest = divmod(n, BLOCK)
+        cut = self._quanta_bytes(whole * BLOCK)
+        if whole:
+            values_RW = values_N[: whole * BLOCK].reshape(whole, BLOCK)
+            yield scales[:whole], quanta[:cut].reshape(whole, -1), values_RW
+        if rest:
+            yield scales[whole:], quanta[cut:].reshape(1, -1), values_N[-rest:].reshape(1, rest)
 
-    @staticmethod
-    def _rows(segment_N: Tensor) -> Tensor:
-        """One row per scale: a segment is whole blocks, or the one short block at the end."""
-        return segment_N.view(-1, min(BLOCK, len(segment_N)))
+    def _encode(self, values_N: np.ndarray, target: np.ndarray) -> int:
+        blocks = self._blocks(target, values_N)
+        return max(self.encode_kernel(values, scales, quanta) for scales, quanta, values in blocks)
 
-    def _scales(self, largest_R: Tensor) -> tuple[Tensor, Tensor]:
-        """Bfloat16 bits of the scales, (R,) int16, and what to divide by, (R,) float32."""
-        # By a tensor of one element: dividing by a Python number may become a multiplication by
-        # its reciprocal, which rounds differently.
-        scale = largest_R / torch.full((1,), float(self.q_max))
-        # Rounding up, in integers: the bit pattern of a positive float grows with its value.
-        bits = (scale.view(torch.int32) + 0xFFFF) >> 16
-        scale = (bits << 16).view(torch.float32)
-        tiny = scale < TINY
-        # A block of nearly nothing: divided by 1 it rounds to zeros by itself.
-        return bits.masked_fill_(tiny, 0).to(torch.int16), scale.masked_fill_(tiny, 1.0)
+    def _decode(self, source: np.ndarray, out_N: np.ndarray, weight: np.float32, add: bool) -> None:
+        self._check(source, len(out_N))
+        for scales, quanta, out_RW in self._blocks(source, out_N):
+            self.decode_kernel(scales, quanta, out_RW, weight, add)
 
     def _check(self, source: np.ndarray, n: int) -> None:
-        scales = self._load_scales(source, n, 0, -(-n // BLOCK))
-        low, high = torch.aminmax(scales.view(torch.int16))
-        # As integers: a set sign bit is negative; infinities and NaNs lie above every number.
-        if low.item() < 0 or high.item() > self._largest_scale_bits:
-            raise ValueError("a scale is negative, not finite or too large")
-        if bool(((scales > 0) & (scales < TINY)).any()):
-            raise ValueError("a scale is too small")
+        scales = source[: self._scales_bytes(n)].view(np.uint16)
+        tiny = np.uint16(_TINY_SCALE)
+        for start in range(0, len(scales), SEGMENT):
+            part = scales[start : start + SEGMENT]
+            # Unsigned: what is below `tiny` wraps to above all, as do a sign bit, infinities, NaNs.
+            if ((part - tiny > self.largest_scale - _TINY_SCALE) & (part != 0)).any():
+                raise ValueError("a scale is negative, not finite, too large or too small")
+        rest = n % BLOCK
+        height = self._quanta_bytes(rest)
+        for place in range(rest, height * 8 // self.bits):  # at most three
+            byte, shift = place % height - height, self.bits * (place // height)
+            if source[byte] >> shift & ((1 << self.bits) - 1):
+                raise ValueError("the padding after the last element is not zero")
 
-    def _read(self, source: np.ndarray, n: int, out_N: Tensor, start: int) -> None:
-        stop = start + len(out_N)
-        scales = self._load_scales(source, n, start // BLOCK, -(-stop // BLOCK))
+    def _write(self, part_N: Tensor, target: np.ndarray | Tensor, start: int, n: int) -> Tensor:
+        largest_R, scales_R, codes_RW = self._codes(part_N.view(-1, min(BLOCK, len(part_N))))
+        _store(target, self._scales_bytes(start), scales_R.to(torch.int16))
+        _store(target, self._scales_bytes(n) + self._quanta_bytes(start), self._packed(codes_RW))
+        return largest_R.amax()
+
+    def _read(self, source: np.ndarray | Tensor, start: int, stop: int, n: int) -> Tensor:
+        width = min(BLOCK, stop - start)
+        scales = _load(source, self._scales_bytes(start), self._scales_bytes(stop))
         base = self._scales_bytes(n)
-        self._read_quanta(
-            source[base + self._quanta_bytes(start) : base + self._quanta_bytes(stop)], out_N
-        )
-        self._rows(out_N).mul_(scales.to(torch.float32)[:, None])
+        quanta = _load(source, base + self._quanta_bytes(start), base + self._quanta_bytes(stop))
+        codes_RW = self._unpacked(quanta.view(-1, self._quanta_bytes(width)), width)
+        scale_R = scales.view(torch.bfloat16).to(torch.float32)
+        return self._levels(codes_RW).mul_(scale_R[:, None]).view(-1)
 
-    @staticmethod
-    def _load_scales(source: np.ndarray, n: int, first: int, last: int) -> Tensor:
-        raw = source[_SCALE_BYTES * first : _SCALE_BYTES * last].view(np.int16)
-        return torch.from_numpy(raw.copy()).view(torch.bfloat16)
+    def _packed(self, codes_RW: Tensor) -> Tensor:
+        """Put the codes of H columns beside those of the next H, (R, H) uint8."""
+        height = self._quanta_bytes(codes_RW.shape[1])
+        packed_RH = codes_RW[:, :height].contiguous()
+        for k in range(1, 8 // self.bits):
+            part = codes_RW[:, k * height : (k + 1) * height]
+            packed_RH[:, : part.shape[1]] |= part << self.bits * k
+        return packed_RH
+
+    def _unpacked(self, packed_RH: Tensor, width: int) -> Tensor:
+        """The reverse, (R, W) uint8."""
+        if self.bits == 8:
+            return packed_RH
+        rows, height = packed_RH.shape
+        codes_RW = torch.empty(rows, width, dtype=torch.uint8, device=packed_RH.device)
+        for k in range(8 // self.bits):
+            part = codes_RW[:, k * height : (k + 1) * height]
+            torch.bitwise_right_shift(packed_RH[:, : part.shape[1]], self.bits * k, out=part)
+        return codes_RW.bitwise_and_((1 << self.bits) - 1)
 
 
-class _Int8(_Quantised):
+class _Rounded(_Quantised):
+    """int8 and int4: the nearest multiple of the scale."""
+
+    q_max: int
+    offset: int
+    """Added to q before its lowest bits are kept."""
+
+    def __init__(self) -> None:
+        self.largest_scale = int(self._scales(torch.tensor([_MAX_BITS], dtype=torch.int32)))
+
+    def _scales(self, largest_R: Tensor) -> Tensor:
+        """Bfloat16 bits of the scales for these float32 bits of max|x|, (R,) int32."""
+        # By a tensor of one element: dividing by a Python number may become a multiplication by
+        # its reciprocal, which rounds differently.
+        divisor = torch.full((1,), float(self.q_max), device=largest_R.device)
+        scale_R = largest_R.view(torch.float32) / divisor
+        # Rounding up, in integers: the bit pattern of a positive float grows with its value.
+        bits_R = (scale_R.view(torch.int32) + 0xFFFF) >> 16
+        return bits_R.masked_fill_(bits_R < _TINY_SCALE, 0)
+
+    def _codes(self, values_RW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        largest_R = (values_RW.view(torch.int32) & _SIGNLESS).amax(1)
+        scales_R = self._scales(largest_R)
+        # A block of nearly nothing: divided by 1 it rounds to zeros by itself.
+        divisor_R = scales_R.masked_fill(scales_R == 0, _ONE_SCALE).bitwise_left_shift_(16)
+        work_RW = values_RW / divisor_R.view(torch.float32)[:, None]
+        # Rounds half to even, and leaves the integer in the lowest bits.
+        codes_RW = work_RW.add_(1.5 * 2.0**23 + self.offset).view(torch.int32)
+        return largest_R, scales_R, codes_RW.bitwise_and_((1 << self.bits) - 1).to(torch.uint8)
+
+
+class _Int8(_Rounded):
     """Eight bits: error at most 0.4 % of the block's largest magnitude."""
 
     name = "int8"
-    q_max = 127
+    bits, q_max, offset = 8, 127, 0
+    encode_kernel, decode_kernel = kernels.encode_int8, kernels.decode_int8
 
-    def _quanta_bytes(self, n: int) -> int:
-        return n
-
-    def _write_quanta(self, rounded_N: Tensor, target: np.ndarray) -> None:
-        np.copyto(target.view(np.int8), rounded_N.to(torch.int8).numpy())
-
-    def _read_quanta(self, source: np.ndarray, out_N: Tensor) -> None:
-        out_N.copy_(torch.from_numpy(source.view(np.int8).copy()))
+    def _levels(self, codes_RW: Tensor) -> Tensor:
+        return codes_RW.view(torch.int8).to(torch.float32)
 
 
-class _Int4(_Quantised):
-    """Four bits: error at most 7.3 % of the block's largest magnitude.
-
-    A pair of neighbouring int8 is handled as one int16, twice as fast as strided access.
-    """
+class _Int4(_Rounded):
+    """Four bits: error at most 7.3 % of the block's largest magnitude."""
 
     name = "int4"
-    q_max = 7
+    bits, q_max, offset = 4, 7, 8
+    encode_kernel, decode_kernel = kernels.encode_int4, kernels.decode_int4
 
-    def _quanta_bytes(self, n: int) -> int:
-        return -(-n // 2)
-
-    def _write_quanta(self, rounded_N: Tensor, target: np.ndarray) -> None:
-        pairs = torch.zeros(len(target), dtype=torch.int16)  # zeros: the padding of an odd end
-        pairs.view(torch.int8)[: len(rounded_N)].copy_(rounded_N.add_(8.0))
-        # 0000hhhh0000llll | 000000000000hhhh << 4, of which the low byte is hhhhllll.
-        packed = (pairs >> 4).bitwise_or_(pairs).to(torch.uint8)
-        np.copyto(target, packed.numpy())
-
-    def _read_quanta(self, source: np.ndarray, out_N: Tensor) -> None:
-        packed = torch.from_numpy(source.astype(np.int16))
-        pairs = (packed << 4).bitwise_or_(packed).bitwise_and_(0x0F0F)
-        out_N.copy_(pairs.view(torch.int8)[: len(out_N)])
-        out_N.sub_(8.0)
-
-    def _check(self, source: np.ndarray, n: int) -> None:
-        super()._check(source, n)
-        if n % 2 and source[-1] & 0xF0:
-            raise ValueError("the padding after the last element is not zero")
+    def _levels(self, codes_RW: Tensor) -> Tensor:
+        return codes_RW.to(torch.float32).sub_(8.0)
 
 
-_CODECS: Final[dict[str, Codec]] = {c.name: c for c in (_Fp32(), _Bf16(), _Int8(), _Int4())}
+class _Int2(_Quantised):
+    """Two bits: what is beyond twice the block's mean magnitude is cut off; use error feedback."""
+
+    name = "int2"
+    bits = 2
+    largest_scale = kernels.INT2_LARGEST_SCALE
+    encode_kernel, decode_kernel = kernels.encode_int2, kernels.decode_int2
+
+    def _scales(self, values_RW: Tensor) -> Tensor:
+        """Bfloat16 bits of 1.25 mean|x|, (R,) int32."""
+        rows, width = values_RW.shape
+        shares_RB = values_RW.new_zeros(rows, BLOCK)
+        shrunk_RW = torch.nn.functional.hardshrink(values_RW, kernels.MEAN_FLOOR)
+        torch.abs(shrunk_RW, out=shares_RB[:, :width]).mul_(1 / BLOCK)
+        half = BLOCK // 2
+        while half:
+            shares_RB = shares_RB[:, :half] + shares_RB[:, half:]
+            half //= 2
+        divisor = torch.full((1,), width / BLOCK, device=values_RW.device)
+        exact_R = (shares_RB[:, 0] * kernels.MEAN_FACTOR / divisor).view(torch.int32)
+        bits_R = (exact_R + 0x7FFF + ((exact_R >> 16) & 1)) >> 16
+        bits_R.clamp_(max=self.largest_scale)
+        return bits_R.masked_fill_(bits_R < _TINY_SCALE, 0)
+
+    def _codes(self, values_RW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        largest_R = (values_RW.view(torch.int32) & _SIGNLESS).amax(1)
+        scales_R = self._scales(values_RW)
+        nothing_R = scales_R == 0
+        step_R = scales_R.masked_fill(nothing_R, _ONE_SCALE).bitwise_left_shift_(16)
+        step_R1 = step_R.view(torch.float32)[:, None]
+        # Without a scale, thresholds between which all elements of such a block lie: +0 for each.
+        middle_R1 = -nothing_R.to(torch.float32)[:, None]
+        codes_RW = (values_RW >= -step_R1).view(torch.uint8)
+        codes_RW += (values_RW >= middle_R1).view(torch.uint8)
+        codes_RW += (values_RW >= step_R1).view(torch.uint8)
+        return largest_R, scales_R, codes_RW
+
+    def _levels(self, codes_RW: Tensor) -> Tensor:
+        return codes_RW.to(torch.float32).sub_(1.5)
+
+
+def _segments(n: int, on_device: bool = False) -> Iterator[tuple[int, int]]:
+    """Cut 0..n into (start, stop), each of whole blocks, but for a last rest."""
+    step = DEVICE_SEGMENT if on_device else SEGMENT
+    whole = n - n % BLOCK
+    for start in range(0, whole, step):
+        yield start, min(start + step, whole)
+    if whole < n:
+        yield whole, n
+
+
+def _largest(part_N: Tensor) -> Tensor:
+    """Bits of the largest |x|: as integers, so that a NaN is the largest of all."""
+    return (part_N.view(torch.int32) & _SIGNLESS).amax()
+
+
+def _load(source: np.ndarray | Tensor, start: int, stop: int) -> Tensor:
+    """Bytes start .. stop, aligned and writable: a network message is neither, and torch minds."""
+    if isinstance(source, Tensor):
+        return source[start:stop].clone()
+    return torch.from_numpy(source[start:stop].copy())
+
+
+def _store(target: np.ndarray | Tensor, start: int, part: Tensor) -> None:
+    """Write a contiguous tensor's bytes from byte `start`, which is of any alignment."""
+    bytes_B = part.view(-1).view(torch.uint8)
+    if isinstance(target, Tensor):
+        target[start : start + len(bytes_B)].copy_(bytes_B)
+    else:
+        np.copyto(target[start : start + len(bytes_B)], bytes_B.numpy())
+
+
+def _pinned(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where copies run, so that they neither wait for later work nor hold it up."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def _upload(source: np.ndarray, device: torch.device) -> Tensor:
+    """Bring bytes to a GPU; its current stream waits for them, this thread does not."""
+    with torch.cuda.device(device):
+        staged_B = _pinned(len(source))
+        np.copyto(staged_B.numpy(), source)
+        side, current = _side_stream(device), torch.cuda.current_stream()
+        with torch.cuda.stream(side):
+            # The allocator keeps pinned memory until the copy is over.
+            landed_B = staged_B.to(device, non_blocking=True)
+        current.wait_stream(side)
+        landed_B.record_stream(current)
+        return landed_B
+
+
+_CODECS: Final[dict[str, Codec]] = {
+    each.name: each for each in (_Fp32(), _Bf16(), _Int8(), _Int4(), _Int2())
+}
 
 
 def codec(name: str) -> Codec:
@@ -457,3 +682,14 @@ def codec(name: str) -> Codec:
     except KeyError:
         known = ", ".join(_CODECS)
         raise ConfigError(f"unknown codec {name!r}: use one of {known}") from None
+
+
+def prepare(name: str) -> None:
+    """Compile what a codec needs, or load it: up to some seconds, better before the first round.
+
+    For a worker thread. Without a call, the first use of each operation pays.
+    """
+    each = codec(name)
+    payload = each.encode(torch.zeros(BLOCK))
+    each.validate(payload, BLOCK)
+    each.decode_add(payload, BLOCK, 1.0, torch.zeros(BLOCK))
