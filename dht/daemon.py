@@ -10,6 +10,11 @@ the terminal does not reach the daemon before we have said goodbye through it. T
 has mode 0700, so no other user can command the daemon. Not guaranteed: this for a guardian that is
 itself killed together with us, or while a process that was forked off ours (without exec) still
 lives and holds a copy of the pipe.
+
+Every daemon of this build carries strangers' libp2p circuits of at most 128 KiB and 2 minutes, and
+no option turns that off or reliably raises it: p2pd starts a relay with libp2p's default limits
+besides the one that its options describe, and which of the two answers is a race inside it.
+`dht.tunnel` therefore does not use libp2p's circuits.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import math
 import os
 import re
 import secrets
@@ -26,7 +32,7 @@ import signal
 import socket
 import tempfile
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -76,9 +82,12 @@ _PORT_ATTEMPTS = 5
 _MAX_LINE_BYTES = 500
 _CLOSE_TIMEOUT_S = 5.0
 _CONTROL_TIMEOUT_S = 5.0
+# What asyncio reads ahead of us from one stream, at most twice this and one read of the socket.
+_READ_AHEAD_BYTES = 64 * 1024
 # sockaddr_un holds 108 bytes including the final zero; our longest name in the directory has 27.
 _MAX_DIRECTORY_BYTES = 80
 
+_P2P, _CIRCUIT = b"\xa5\x03", b"\xa2\x02"  # the protocols' numbers, 421 and 290, as varints
 _HOST_MADDR = re.compile(r"/ip[46]/(?P<host>[^/]+)/(?P<transport>tcp|udp)/(?P<port>\d{1,5})(/.*)?")
 
 
@@ -91,8 +100,8 @@ class DaemonConfig:
         host_maddrs: what to listen on, `/ip4/…/tcp/…`; port 0: a free one, fixed at the start.
             Empty: listen on nothing, dial only.
         announce_maddrs: what to tell others instead of what we listen on; empty: the latter.
-        relay: can dial, and be dialled, through other peers' relays.
-        relay_service: carries other peers' traffic.
+        relay: can dial, and be dialled, through other peers' libp2p circuits.
+        relay_service: asks for circuits of more than 128 KiB for others; see above about the race.
         server: answers libp2p peer-routing queries of others.
         start_timeout_s: until the daemon says that it is ready.
     """
@@ -104,6 +113,26 @@ class DaemonConfig:
     relay_service: bool = False
     server: bool = True
     start_timeout_s: float = 15.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stream:
+    """A stream of bytes to or from a peer, through the daemon. Whoever has it closes it.
+
+    Half of it cannot be closed: when either side ends one direction, the daemon ends the other and
+    may drop what is under way there.
+
+    Attributes:
+        peer_id: base58; who is at the other end, by libp2p's handshake.
+        reader: reads at most a fixed number of bytes ahead.
+        writer: its `drain` waits for the daemon, which waits for the peer.
+        circuit: it runs through a libp2p relay, which cuts it off after 128 KiB.
+    """
+
+    peer_id: str
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    circuit: bool
 
 
 class Daemon:
@@ -121,6 +150,7 @@ class Daemon:
         self.p2p: Any = None
         self.peer_id = ""
         self._directory = _runtime_directory()
+        self._servers: list[asyncio.Server] = []
         self._transport: asyncio.SubprocessTransport | None = None
         self._child = _Child()
 
@@ -189,6 +219,7 @@ class Daemon:
         wanted = p2pd_pb2.ConnectRequest(
             peer=PeerID.from_base58(peer_id).to_bytes(),
             addrs=[each for each in encoded if each is not None],
+            timeout=math.ceil(timeout_s),  # or it goes on for a minute after we gave up
         )
         request = p2pd_pb2.Request(type=p2pd_pb2.Request.CONNECT, connect=wanted)
         await self._request(request, peer_id, timeout_s)
@@ -203,11 +234,82 @@ class Daemon:
         answer = await self._request(
             p2pd_pb2.Request(type=p2pd_pb2.Request.LIST_PEERS), self.peer_id, _CONTROL_TIMEOUT_S
         )
-        peers = {}
-        for info in answer.peers:
+        peers: dict[str, tuple[str, ...]] = {}
+        for info in answer.peers:  # one for each connection
             peer_id = PeerID(info.id).to_base58()
-            peers[peer_id] = _dialable(info.addrs, peer_id)
+            peers[peer_id] = (*peers.get(peer_id, ()), *_dialable(info.addrs, peer_id))
         return peers
+
+    async def direct_peers(self) -> frozenset[str]:
+        """The peers we have a connection to that is no libp2p circuit.
+
+        Raises:
+            Unreachable: the daemon is gone.
+            TimedOut: it does not answer.
+        """
+        answer = await self._request(
+            p2pd_pb2.Request(type=p2pd_pb2.Request.LIST_PEERS), self.peer_id, _CONTROL_TIMEOUT_S
+        )
+        return frozenset(
+            PeerID(info.id).to_base58()
+            for info in answer.peers
+            if not all(_is_circuit(addr) for addr in info.addrs)
+        )
+
+    async def open_stream(self, peer_id: str, protocol: str, timeout_s: float) -> Stream:
+        """Open a stream to what a peer serves under a protocol's name.
+
+        Not hivemind's call: that one leaves the connection to the daemon open when it fails.
+
+        Args:
+            peer_id: base58; dialled first if there is no connection and its addresses are known.
+            protocol: such as `/name/1`.
+            timeout_s: for all of it.
+
+        Raises:
+            Unreachable: no connection, nothing is served there, or our daemon is gone.
+            TimedOut: not done in time.
+        """
+        wanted = p2pd_pb2.StreamOpenRequest(
+            peer=PeerID.from_base58(peer_id).to_bytes(),
+            proto=[protocol],
+            timeout=math.ceil(timeout_s),
+        )
+        request = p2pd_pb2.Request(type=p2pd_pb2.Request.STREAM_OPEN, streamOpen=wanted)
+        answer, reader, writer = await self._ask(request, peer_id, timeout_s)
+        return _stream(answer.streamInfo, reader, writer)
+
+    async def serve_streams(self, protocol: str, serve: Callable[[Stream], None]) -> None:
+        """Call `serve` for each stream that a peer opens under this name, from now on.
+
+        Raises:
+            Unreachable: our daemon is gone, or the name is served already.
+            TimedOut: it does not answer.
+        """
+
+        async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            opened = p2pd_pb2.StreamInfo()
+            try:
+                async with asyncio.timeout(_CONTROL_TIMEOUT_S):
+                    await read_pbmsg_safe(reader, opened)
+                stream = _stream(opened, reader, writer)
+            except (OSError, EOFError, ValueError, DecodeError) as exc:  # our daemon died meanwhile
+                logger.debug("daemon.stream_lost %r", exc)
+                writer.close()
+                return
+            serve(stream)
+
+        path = self._directory / f"in{len(self._servers)}.sock"
+        try:
+            server = await asyncio.start_unix_server(accept, path, limit=_READ_AHEAD_BYTES)
+        except OSError as exc:
+            raise Unreachable(self.peer_id, f"our own libp2p daemon is gone: {exc}") from exc
+        self._servers.append(server)
+        wanted = p2pd_pb2.StreamHandlerRequest(
+            addr=Multiaddr(f"/unix{path}").to_bytes(), proto=[protocol], balanced=False
+        )
+        request = p2pd_pb2.Request(type=p2pd_pb2.Request.STREAM_HANDLER, streamHandler=wanted)
+        await self._request(request, self.peer_id, _CONTROL_TIMEOUT_S)
 
     async def wait_dead(self) -> str:
         """Return, with the reason, once the daemon or the connection to it is gone."""
@@ -230,6 +332,8 @@ class Daemon:
 
     async def close(self) -> None:
         """End the daemon and remove its runtime directory. Harmless to repeat."""
+        while self._servers:
+            self._servers.pop().close()
         transport, self._transport = self._transport, None
         if transport is None:
             return
@@ -334,23 +438,36 @@ class Daemon:
         self.peer_id = self.p2p.peer_id.to_base58()
 
     async def _request(self, request: Any, peer_id: str, timeout_s: float) -> Any:
-        """Ask the daemon over a connection of its own, as hivemind does, but closed in any case."""
+        """Ask the daemon, and wait for no more than its answer."""
+        answer, _, writer = await self._ask(request, peer_id, timeout_s)
+        writer.close()
+        return answer
+
+    async def _ask(
+        self, request: Any, peer_id: str, timeout_s: float
+    ) -> tuple[Any, asyncio.StreamReader, asyncio.StreamWriter]:
+        """Ask the daemon over a connection of its own, as hivemind does, but closed on failure."""
+        answer = p2pd_pb2.Response()
+        writer: asyncio.StreamWriter | None = None
+        good = False
         try:
             async with asyncio.timeout(timeout_s):
-                reader, writer = await asyncio.open_unix_connection(self._socket)
-                try:
-                    await write_pbmsg(writer, request)
-                    answer = p2pd_pb2.Response()
-                    await read_pbmsg_safe(reader, answer)
-                finally:
-                    writer.close()
+                reader, writer = await asyncio.open_unix_connection(
+                    self._socket, limit=_READ_AHEAD_BYTES
+                )
+                await write_pbmsg(writer, request)
+                await read_pbmsg_safe(reader, answer)
+            if answer.type == p2pd_pb2.Response.ERROR:
+                raise Unreachable(peer_id, " ".join(answer.error.msg.split())[:300])
+            good = True
         except TimeoutError as exc:
             raise TimedOut(peer_id, f"no answer within {timeout_s:g} s") from exc
         except (OSError, EOFError, ValueError, DecodeError) as exc:
             raise Unreachable(peer_id, f"our own libp2p daemon is gone: {exc}") from exc
-        if answer.type == p2pd_pb2.Response.ERROR:
-            raise Unreachable(peer_id, " ".join(answer.error.msg.split())[:300])
-        return answer
+        finally:
+            if writer is not None and not good:
+                writer.close()
+        return answer, reader, writer
 
     async def _detach(self) -> None:
         if self.p2p is None:
@@ -418,12 +535,24 @@ class _PortTaken(Exception):
 
 
 def encode_maddr(maddr: str) -> bytes | None:
-    """The binary form of a libp2p address, or None where it is not a valid one."""
+    """The binary form of a libp2p address, or None where it is not a valid one.
+
+    A peer id inside it, as in `/…/p2p/<relay>/p2p-circuit`, is written by us: hivemind writes it as
+    a content id, for which the daemon refuses the address and all others of the same request.
+    """
+    head, *others = maddr.split("/p2p/")
     try:
-        encoded: bytes = Multiaddr(maddr).to_bytes()
+        encoded: bytes = Multiaddr(head).to_bytes() if head else b""
+        for other in others:
+            peer_id, slash, rest = other.partition("/")
+            multihash = PeerID.from_base58(peer_id).to_bytes()
+            if len(multihash) not in range(2, 128) or multihash[1] != len(multihash) - 2:
+                return None
+            encoded += _P2P + bytes([len(multihash)]) + multihash
+            encoded += Multiaddr(slash + rest).to_bytes() if rest else b""
     except (ValueError, LookupError):
         return None
-    return encoded
+    return encoded or None
 
 
 def _dialable(encoded: Iterable[bytes], peer_id: str) -> tuple[str, ...]:
@@ -433,6 +562,16 @@ def _dialable(encoded: Iterable[bytes], peer_id: str) -> tuple[str, ...]:
         with contextlib.suppress(ValueError, LookupError, TypeError):
             maddrs.append(f"{Multiaddr(each)}/p2p/{peer_id}")
     return tuple(maddrs)
+
+
+def _stream(info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Stream:
+    peer_id = PeerID(info.peer).to_base58()
+    return Stream(peer_id, reader, writer, _is_circuit(info.addr))
+
+
+def _is_circuit(maddr: bytes) -> bool:
+    """Whether this, where a connection leads, is a circuit: `/…/p2p/<relay>/p2p-circuit`."""
+    return maddr.endswith(_CIRCUIT) and _P2P in maddr
 
 
 def _runtime_directory() -> Path:

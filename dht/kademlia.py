@@ -1,7 +1,9 @@
 """The real directory: a Kademlia node inside our event loop, its libp2p daemon supervised.
 
 `KademliaDirectory` is a full citizen of the DHT: it stores and answers for others whether or not it
-announces anything itself, so one that is opened and left alone is a bootstrap node.
+announces anything itself, so one that is opened and left alone is a bootstrap node. It is also a
+carrier (`dht.tunnel`): peers that no address leads to can be reached through its daemon, and it
+carries for peers that cannot reach each other.
 
 Guaranteed: what it returns has passed `dht.validator`; no call waits longer than its deadline; no
 error of hivemind or the daemon leaves this module; a daemon that dies is started again on the same
@@ -19,7 +21,7 @@ import re
 import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +45,7 @@ from dht.records import (
     peers_key,
     seal,
 )
+from dht.tunnel import RELAY, TUNNEL, TunnelConfig, Tunnels
 from dht.validator import RecordValidator
 
 logger = logging.getLogger(__name__)
@@ -54,6 +57,7 @@ _MAX_PUBLISHED = 16
 _MAX_CALLS = 16  # of ours at a time; each may fan out to hivemind's own bound
 _MAX_RPCS = 64
 _UPKEEP_S = 20.0
+_ANCHORS_S = 5.0  # a peer behind a NAT cannot be reached until it has connected again
 _GRACE_S = 1.0
 _REPUBLISH_S = MANIFEST_TTL_S / 3
 _STEADY_S = 60.0  # a daemon that lived this long is not in a crash loop
@@ -75,8 +79,10 @@ class KademliaConfig:
             name: `/dns4/example.org/tcp/31337`.
         initial_peers: addresses of peers to enter the network through, each with `/p2p/…`. Empty:
             we are the first.
-        hints: more such addresses, from an earlier time perhaps: none of them need answer.
+        hints: more such addresses, from an earlier time perhaps: none of them need answer, or be
+            an address at all.
         client: ask, but never store or answer for others, nor listen.
+        relay: carry the streams of peers that cannot reach each other; a client never does.
         rpc_timeout_s: for one other node's answer.
         lookup_timeout_s: for a whole look-up or store.
         bootstrap_timeout_s: for entering the network.
@@ -89,6 +95,7 @@ class KademliaConfig:
     initial_peers: tuple[str, ...] = ()
     hints: tuple[str, ...] = ()
     client: bool = False
+    relay: bool = True
     rpc_timeout_s: float = 3.0
     lookup_timeout_s: float = 10.0
     bootstrap_timeout_s: float = 15.0
@@ -101,6 +108,7 @@ class KademliaDirectory(Directory):
         identity: who we are.
         validator: with the count of refused records.
         restarts: how often the daemon had to be started again.
+        tunnels: the ways through the daemon, with counts of what was carried.
     """
 
     def __init__(self, config: KademliaConfig, identity: Identity) -> None:
@@ -118,6 +126,18 @@ class KademliaDirectory(Directory):
         self._storage = BoundedStorage()
         self._cache = BoundedStorage()
         self._known: OrderedDict[str, tuple[str, ...]] = OrderedDict()
+        self._named: dict[str, tuple[str, ...]] = {}
+        for maddr in config.initial_peers:
+            peer_id = _usable(maddr)
+            if peer_id is not None:
+                self._named[peer_id] = (*self._named.get(peer_id, ()), maddr)
+        self.tunnels = Tunnels(
+            identity.peer_id,
+            self._running_daemon,
+            self._addresses,
+            tuple(self._named),
+            TunnelConfig(relay=config.relay and not config.client),
+        )
         self._announced: dict[str, PeerRecord] = {}
         self._published: OrderedDict[str, SignedRun] = OrderedDict()
         self._republish_at = time.monotonic() + _REPUBLISH_S
@@ -133,8 +153,9 @@ class KademliaDirectory(Directory):
             Unreachable: none of the initial peers answers.
             TimedOut: our own daemon does not start in time.
         """
-        for maddr in (*config.initial_peers, *config.hints):
-            _peer_id_in(maddr)
+        # One that can be used is enough: a link, and the hints, hold what strangers wrote, too.
+        if config.initial_peers and not any(map(_usable, config.initial_peers)):
+            _peer_id_in(config.initial_peers[0])
         identity = await asyncio.to_thread(Identity.load_or_create, config.identity_path)
         for maddr in config.announce_maddrs:
             _peer_id_in(f"{maddr}/p2p/{identity.peer_id}")
@@ -148,9 +169,9 @@ class KademliaDirectory(Directory):
                 if config.initial_peers:
                     raise
             directory._ready.set()
-            # Not a TaskGroup: it would wrap what the caller's block raises into a group. Both
-            # tasks end by cancellation only.
-            for supervised in (directory._keep_daemon, directory._keep_up):
+            # Not a TaskGroup: it would wrap what the caller's block raises into a group. The tasks
+            # end by cancellation only.
+            for supervised in (directory._keep_daemon, directory._keep_up, directory._keep_anchors):
                 tasks.append(asyncio.create_task(_supervise(supervised)))
             yield directory
         finally:
@@ -158,6 +179,7 @@ class KademliaDirectory(Directory):
                 task.cancel()
             if tasks:
                 await asyncio.wait(tasks, timeout=config.rpc_timeout_s)
+            await directory.tunnels.close()
             await directory._drop()
 
     @property
@@ -198,7 +220,7 @@ class KademliaDirectory(Directory):
             return []
         sealed = [entry.value for entry in found.value.values() if isinstance(entry.value, bytes)]
         records = believable(sealed, run_id, time.time())
-        for record in records:
+        for record in reversed(records[:_MAX_KNOWN]):  # no more, as looking at addresses takes time
             self._remember(record.peer_id, record.maddrs)
         return records
 
@@ -246,6 +268,16 @@ class KademliaDirectory(Directory):
         await self._call("ping", lambda node: _ping(node, peer_id, validate=False), peer_id)
         return time.monotonic() - began
 
+    # -- a carrier of connections (coordinator_free.transport.Carrier)
+
+    def offer(self, host: str, port: int) -> None:
+        """Let others reach this endpoint of ours through the daemon; see `Tunnels.offer`."""
+        self.tunnels.offer(host, port)
+
+    async def reach(self, peer_id: str) -> tuple[str, int]:
+        """Host and port on our loopback that lead to what a peer offers; see `Tunnels.reach`."""
+        return await self.tunnels.reach(peer_id)
+
     # -- the daemon and the node on top of it
 
     async def _launch(self) -> None:
@@ -269,6 +301,8 @@ class KademliaDirectory(Directory):
                 self._config.lookup_timeout_s,
             )
             node.protocol.storage, node.protocol.cache = self._storage, self._cache
+            await daemon.serve_streams(TUNNEL, self.tunnels.serve)
+            await daemon.serve_streams(RELAY, self.tunnels.serve_relay)
             maddrs = await daemon.visible_maddrs()
         except BaseException:
             await daemon.close()
@@ -333,10 +367,21 @@ class KademliaDirectory(Directory):
             for run_id, run in list(self._published.items()):
                 await self._store_run(run_id, run.to_bytes())
 
+    async def _keep_anchors(self) -> None:
+        """Every so often: see that we can be found through others."""
+        await self._ready.wait()
+        try:
+            await self.tunnels.keep_anchors()
+        except (Unreachable, TimedOut) as exc:  # the daemon is being restarted
+            logger.debug("dht.anchors_unknown reason=%r", exc.reason)
+        await asyncio.sleep(_ANCHORS_S)
+
     # -- finding into the network
 
     async def _bootstrap(self, maddrs: Collection[str]) -> None:
         """Meet the peers at these addresses, then our own neighbourhood.
+
+        Addresses that cannot be used are passed over: most were taken from others' records.
 
         Raises:
             Unreachable: none answered.
@@ -344,8 +389,9 @@ class KademliaDirectory(Directory):
         """
         others: dict[str, tuple[str, ...]] = {}
         for maddr in maddrs:
-            peer_id = _peer_id_in(maddr)
-            if peer_id != self.identity.peer_id:  # all peers may be given one and the same list
+            peer_id = _usable(maddr)
+            # All peers may be given one and the same list.
+            if peer_id is not None and peer_id != self.identity.peer_id:
                 others[peer_id] = (*others.get(peer_id, ()), maddr)
         if not others:
             return
@@ -418,13 +464,19 @@ class KademliaDirectory(Directory):
             logger.info("dht.rejoin_failed known=%d reason=%r", len(self._known), str(exc))
 
     async def _connect(self, peer_id: str, maddrs: tuple[str, ...], timeout_s: float) -> None:
-        daemon = self._daemon
-        if daemon is None:
-            raise Unreachable(peer_id, "our own libp2p daemon is being restarted")
-        await daemon.connect(peer_id, maddrs, timeout_s)
+        await self._running_daemon().connect(peer_id, maddrs, timeout_s)
+
+    def _running_daemon(self) -> Daemon:
+        if self._daemon is None:
+            raise Unreachable(self.identity.peer_id, "our own libp2p daemon is being restarted")
+        return self._daemon
+
+    def _addresses(self) -> Mapping[str, tuple[str, ...]]:
+        """Those of all peers that we know."""
+        return {**self._named, **self._known}
 
     def _remember(self, peer_id: str, maddrs: tuple[str, ...]) -> None:
-        usable = tuple(maddr for maddr in maddrs if peer_id_of(maddr) == peer_id)
+        usable = tuple(maddr for maddr in maddrs if _usable(maddr) == peer_id)
         if not usable or peer_id == self.identity.peer_id:
             return
         self._known[peer_id] = usable
@@ -553,9 +605,15 @@ def _daemon_config(config: KademliaConfig) -> DaemonConfig:
     )
 
 
-def _peer_id_in(maddr: str) -> str:
+def _usable(maddr: str) -> str | None:
+    """The peer id in an address that our daemon can dial, or None."""
     peer_id = peer_id_of(maddr)
-    if peer_id is None or encode_maddr(maddr) is None:
+    return peer_id if peer_id is not None and encode_maddr(maddr) is not None else None
+
+
+def _peer_id_in(maddr: str) -> str:
+    peer_id = _usable(maddr)
+    if peer_id is None:
         raise ConfigError(
             f"{maddr[:200]!r} is not the address of a peer;"
             " it looks like /ip4/192.0.2.7/tcp/31337/p2p/12D3KooW…"

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dht.daemon import Daemon, DaemonConfig
+from dht.borrowed import Multiaddr
+from dht.daemon import Daemon, DaemonConfig, Stream, encode_maddr
 from dht.errors import ConfigError, Unreachable
 from dht.identity import Identity
 
@@ -127,6 +128,79 @@ async def test_long_temporary_folder_does_not_break_the_socket(
         assert await daemon.visible_maddrs()
     finally:
         await daemon.close()
+
+
+@pytest.fixture
+async def other(tmp_path: Path) -> AsyncIterator[Daemon]:
+    Identity.load_or_create(tmp_path / "other")
+    config = DaemonConfig(identity_path=tmp_path / "other", host_maddrs=("/ip4/127.0.0.1/tcp/0",))
+    other = await Daemon.start(config)
+    yield other
+    await other.close()
+
+
+async def test_streams_carry_bytes_both_ways_and_name_who_opened_them(
+    daemon: Daemon, other: Daemon
+) -> None:
+    opened: asyncio.Queue[Stream] = asyncio.Queue()
+    await other.serve_streams("/test/1", opened.put_nowait)
+    await daemon.connect(other.peer_id, await other.visible_maddrs(), 10)
+    assert await daemon.direct_peers() == {other.peer_id}
+    async with asyncio.timeout(10):
+        here = await daemon.open_stream(other.peer_id, "/test/1", 10)
+        there = await opened.get()
+        assert (here.peer_id, there.peer_id) == (other.peer_id, daemon.peer_id)
+        assert not here.circuit
+        assert not there.circuit
+        for one, another in ((here, there), (there, here)):
+            one.writer.write(b"hello")
+            assert await another.reader.readexactly(5) == b"hello"
+        here.writer.close()
+        assert await there.reader.read() == b""
+        there.writer.close()
+
+
+async def test_a_stream_that_cannot_be_opened_is_unreachable(daemon: Daemon, other: Daemon) -> None:
+    nobody = Identity.generate().peer_id
+    with pytest.raises(Unreachable):
+        await daemon.open_stream(nobody, "/test/1", 10)
+    await daemon.connect(other.peer_id, await other.visible_maddrs(), 10)
+    with pytest.raises(Unreachable):
+        await daemon.open_stream(other.peer_id, "/nobody/serves/this", 10)
+    await other.serve_streams("/test/1", lambda stream: stream.writer.close())
+    with pytest.raises(Unreachable):
+        await other.serve_streams("/test/1", lambda stream: stream.writer.close())
+    await other.close()
+    with pytest.raises(Unreachable):
+        await other.open_stream(daemon.peer_id, "/test/1", 10)
+    with pytest.raises(Unreachable):
+        await other.serve_streams("/test/2", lambda stream: stream.writer.close())
+
+
+async def test_a_circuit_among_the_addresses_does_not_spoil_the_others(
+    daemon: Daemon, other: Daemon
+) -> None:
+    relay = Identity.generate().peer_id
+    (good,) = await other.visible_maddrs()
+    circuit = f"/ip4/127.0.0.1/tcp/9/p2p/{relay}/p2p-circuit/p2p/{other.peer_id}"
+    await daemon.connect(other.peer_id, (circuit, good), 10)
+    assert other.peer_id in await daemon.connected()
+
+
+A_PEER_ID = "12D3KooWBtg3aaRMjxwedh83aGiUkwSxDwUZkzuJcfaqUmo7R3pq"
+
+
+@pytest.mark.parametrize("text", ["", "/p2p/", "/x/1", "/p2p/1", f"/ip4/1.2.3.4/p2p/0{A_PEER_ID}"])
+def test_what_is_no_address_has_no_binary_form(text: str) -> None:
+    assert encode_maddr(text) is None
+
+
+def test_a_peer_id_within_an_address_is_a_multihash() -> None:
+    maddr = f"/ip4/1.2.3.4/tcp/5/p2p/{A_PEER_ID}/p2p-circuit"
+    encoded = encode_maddr(maddr)
+    assert encoded is not None
+    assert b"\xa5\x03\x26\x00\x24" in encoded
+    assert str(Multiaddr(encoded)) == maddr
 
 
 OWNER = """

@@ -143,6 +143,46 @@ async def test_killed_daemon_comes_back_at_the_same_address_and_finds_the_networ
         assert await (other if victim is one else one).ping(maddrs[0]) < 3
 
 
+async def test_a_record_with_a_made_up_address_keeps_nobody_from_finding_back(
+    open_directory: Open,
+    make_record: MakeRecord,
+    run_id: str,
+    daemon_pid: FindDaemon,
+    eventually: Eventually,
+) -> None:
+    # The first node of the network: it finds back to those alone whose records it has seen.
+    first = await open_directory()
+    other = await open_directory(*first.maddrs)
+    liar = Identity.generate()
+    made_up = make_record(liar, maddrs=(f"/foo/bar/p2p/{liar.peer_id}",))
+    stored = await other._node.protocol.call_store(
+        first._node.peer_id,
+        [DHTID.generate(peers_key(run_id))],
+        [MSGPackSerializer.dumps(seal(made_up, liar))],
+        [made_up.expires_at],
+        [liar.peer_id],
+    )
+    assert stored == [True]
+    await other.announce(make_record(other.identity, maddrs=other.maddrs))
+    expected = {liar.peer_id, other.identity.peer_id}
+    assert ids(await first.peers(run_id)) == expected
+    kill_daemon(first, daemon_pid)
+    await eventually(lambda: first.restarts == 1)
+    assert ids(await first.peers(run_id)) == expected  # waits for the restart
+    assert first.neighbours == 1
+
+
+async def test_addresses_that_strangers_made_up_keep_nobody_from_starting(
+    open_directory: Open,
+) -> None:
+    made_up = (f"/foo/bar/p2p/{A_PEER_ID}", f"/dns4/a_b/tcp/1/p2p/{A_PEER_ID}", "nonsense")
+    one = await open_directory(hints=made_up)
+    assert one.neighbours == 0
+    # Among the hints and in a link, which names whom its giver knows.
+    assert (await open_directory(hints=(*made_up, *one.maddrs))).neighbours == 1
+    assert (await open_directory(*made_up, *one.maddrs)).neighbours >= 1
+
+
 async def test_first_node_keeps_what_it_stored_when_its_daemon_is_killed(
     open_directory: Open,
     daemon_pid: FindDaemon,
