@@ -7,6 +7,11 @@ averages are fetched as they appear, and applied when the state is here. That is
 take longer than others keep averages. Collected averages wait in an unlinked temporary file, not in
 memory.
 
+Anybody can show a head; it counts once its chain is here. Until then nobody holds up anybody else:
+what records and strangers suggest is looked into a few at a time, apart from what members of the
+roster show and from those who were lost from it, and who did not prove what it showed is left alone
+for some minutes. Only a state that is proven occupies the one place for downloads.
+
 Guarantees: a state that comes out of here is the one that the newest link of a verified chain
 names. It converges while averages arrive faster than rounds are committed; a peer whose link cannot
 do that cannot take part in rounds either. What it gives no guarantee for is that the branch is the
@@ -20,8 +25,10 @@ import contextlib
 import logging
 import tempfile
 import threading
+from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Protocol
 
 from coordinator_free.average import Average, AverageReader
@@ -35,7 +42,7 @@ from coordinator_free.outer import NesterovOuter
 from coordinator_free.replica import MIN_KEPT_AVERAGES, Replica, State
 from coordinator_free.transfer import Transfer
 from dht.directory import Directory
-from dht.errors import PeerError, StateError, SwarmError
+from dht.errors import PeerError, ProtocolViolation, StateError, SwarmError
 from dht.records import PeerRecord
 
 logger = logging.getLogger(__name__)
@@ -43,9 +50,19 @@ logger = logging.getLogger(__name__)
 LOOK_S = 0.1  # between two looks at the directory while nobody was found
 WATCH_S = 5.0  # how often the directory is asked whether others are ahead
 FIND_S = 60.0  # how long a newcomer looks for a peer that has the state
-COLLECT_S = 0.2  # how often a download asks what was committed meanwhile; four rounds are kept
+COLLECT_S = 1.0  # how often a download asks what was committed meanwhile, at least
+COLLECT_SOON_S = 0.2  # and at most, where rounds are short: others keep the last few only
+IDLE_LOOKS = 30  # that bring nothing, before somebody else is asked
 MAX_COLLECTED = 4096  # averages that wait for one download
 STEP_S = 0.01
+
+LOOKED_INTO = 4  # strangers at a time whose claims are looked into
+PROOF_S = 20.0  # after which one of them makes room for the next
+CHAINS_AT_ONCE = 4  # that a newcomer fetches; the next one when the others take their time
+SOON_S = 0.3  # for the others, once one chain is here, and before the next is asked for
+DOUBT_S = 180.0  # who did not prove what it showed is not looked into again for so long
+SILENT_S = 20.0  # the same for who did not answer, or could not give what it had proven
+_MEMBER, _STRAY = _KNOWN = ("a member", "a stray")  # in a place of their own; no peer id has blanks
 
 
 class Place(Protocol):
@@ -148,6 +165,8 @@ class CatchUp:
         layout: of the parameters.
         outer: the outer optimizer.
         numel: length of the vector.
+        folder: where rounds that pass during a download are kept, if it exists; else that is where
+            the system keeps temporary files, often in memory.
     """
 
     def __init__(
@@ -162,6 +181,7 @@ class CatchUp:
         layout: str,
         outer: NesterovOuter,
         numel: int,
+        folder: Path | None = None,
     ) -> None:
         self._place = place
         self._transfer = transfer
@@ -172,8 +192,12 @@ class CatchUp:
         self._layout = layout
         self._outer = outer
         self._numel = numel
-        self._running: asyncio.Task[None] | None = None
+        self._folder = folder
+        self._looking: dict[str, tuple[asyncio.Task[None], float]] = {}  # and since when
+        self._doubts: dict[str, float] = {}  # peer id: until when
         self._turn = 0
+        self.downloading = False
+        """Whether a state that is proven is on its way here."""
 
     # -- from nothing -------------------------------------------------------------------------
 
@@ -228,14 +252,52 @@ class CatchUp:
         return None if task.cancelled() else task.result()
 
     async def _best(self, contacts: list[Contact], failed: set[str]) -> tuple[Chain, Contact]:
-        """The furthest head that is proven from the run's beginning on, and who showed it."""
-        for _, contact in await self._transfer.claims(contacts):
-            try:
-                return await self._transfer.chain(contact), contact
-            except PeerError as error:
-                failed.add(contact.peer_id)
-                logger.warning("catchup.not_proven %s", error)
-        raise StateError("nobody proves what it shows")
+        """The furthest head that is proven from the run's beginning on, and who showed it.
+
+        Some chains are fetched at once, so that who never gets done with its own holds up nobody.
+        """
+        claims = deque(await self._transfer.claims(contacts))
+        proving: dict[asyncio.Task[Chain], Contact] = {}
+        proven: list[tuple[Chain, Contact]] = []
+
+        async def wait(timeout_s: float | None, return_when: str) -> None:
+            done, _ = await asyncio.wait(proving, timeout=timeout_s, return_when=return_when)
+            for task in done:
+                contact = proving.pop(task)
+                try:
+                    proven.append((task.result(), contact))
+                except PeerError as error:
+                    failed.add(contact.peer_id)
+                    logger.warning("catchup.not_proven %s", error)
+
+        try:
+            while not proven and (claims or proving):
+                if claims and len(proving) < CHAINS_AT_ONCE:
+                    claim, contact = claims.popleft()
+                    proving[asyncio.create_task(self._proof(claim, contact))] = contact
+                more = claims and len(proving) < CHAINS_AT_ONCE
+                await wait(SOON_S if more else None, asyncio.FIRST_COMPLETED)
+            if proving:
+                await wait(SOON_S, asyncio.ALL_COMPLETED)  # those who showed more
+        finally:
+            for task in proving:
+                task.cancel()
+            await asyncio.gather(*proving, return_exceptions=True)
+        if not proven:
+            raise StateError("nobody proves what it shows")
+        return max(proven, key=lambda one: Head.after(one[0].newest).rank)
+
+    async def _proof(self, claim: Certificate, contact: Contact) -> Chain:
+        """The chain behind what a peer showed.
+
+        Raises:
+            PeerError: it does not come, or proves less.
+        """
+        chain = await self._transfer.chain(contact)
+        # The chain of an earlier head, which anybody may have, proves no claim to a later one.
+        if chain.newest.outcome.samples < claim.outcome.samples:
+            raise ProtocolViolation(contact.peer_id, "proves less than it shows")
+        return chain
 
     async def others(self) -> list[Contact]:
         """Peers of the run that the directory knows and that can be dialled, this one excepted."""
@@ -271,9 +333,9 @@ class CatchUp:
         Raises:
             StateError: nobody has that state any more.
         """
-        with self._room(chain.newest) as collected:
+        with _Collected(chain.newest, self._numel, self._folder, shower) as collected:
             here = asyncio.Event()
-            collecting = asyncio.create_task(self._collect(collected, shower, here))
+            collecting = asyncio.create_task(self._collect(collected, here))
             try:
                 state = await self._transfer.state(
                     chain.newest.outcome.state_root, lambda: self._donors(first=shower.peer_id)
@@ -286,42 +348,73 @@ class CatchUp:
             replica = Replica(self._layout, self._outer, state, chain)
             # While this replays, more is committed. The machine can go the last step by itself.
             while await self._replay_collected(replica, collected) > 1:
-                await self._collect_now(collected, shower)
+                await self._collect_now(collected)
         return replica.state, replica.chain
 
-    def _room(self, after: Certificate) -> _Collected:
-        try:
-            return _Collected(after, self._numel)
-        except OSError as error:
-            raise StateError(f"no room for a download's rounds: {error.strerror}") from error
-
-    async def _collect(self, collected: _Collected, shower: Contact, here: asyncio.Event) -> None:
+    async def _collect(self, collected: _Collected, here: asyncio.Event) -> None:
         """Collect while the state is on its way, and once more when it is here."""
+        pause_s = COLLECT_SOON_S
+        idle = 0
         last = False
-        while not last:
+        while not last and not collected.full:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(COLLECT_S):
+                async with asyncio.timeout(pause_s):
                     await here.wait()
             last = here.is_set()
-            await self._collect_now(collected, shower)
+            before = len(collected.certificates)
+            await self._collect_now(collected)
+            # Two at a time are one more than is safe; none is a look too many.
+            new = len(collected.certificates) - before
+            if new != 1:
+                pause_s = min(max(pause_s / 2 if new else pause_s * 2, COLLECT_SOON_S), COLLECT_S)
+            idle = 0 if new else idle + 1
+            if idle == IDLE_LOOKS:  # the round is long, or who is asked does not go on with it
+                idle = 0
+                await self._collect_elsewhere(collected)
 
-    async def _collect_now(self, collected: _Collected, shower: Contact) -> None:
-        """Fetch what follows on the newest collected certificate from whoever has it."""
+    async def _collect_now(self, collected: _Collected) -> None:
+        """Fetch what follows on the newest collected certificate from whoever has it.
+
+        That is who gave the last one; only when that one fails, somebody else is looked for.
+        """
+        if collected.full:
+            return
         try:
-            others = [contact for contact in await self._donors() if contact != shower]
+            await self._collect_all(collected.source, collected)
+        except PeerError as error:
+            logger.info("catchup.not_collected %s", error)
+            await self._collect_elsewhere(collected)
+
+    async def _collect_elsewhere(self, collected: _Collected) -> None:
+        """The same from somebody else, who is asked first from now on."""
+        try:
+            others = await self._donors()
         except PeerError as error:
             logger.info("catchup.no_directory %s", error)
-            others = []
-        for contact in (shower, *others):
+            return
+        others = [contact for contact in others if contact != collected.source]
+        self._turn += 1
+        first = self._turn % max(1, len(others))
+        for contact in (*others[first:], *others[:first]):
             try:
-                while await self._collect_from(contact, collected):
-                    pass
-                return
+                await self._collect_all(contact, collected)
             except PeerError as error:
                 logger.info("catchup.not_collected %s", error)
-            except OSError as error:
-                logger.warning("catchup.no_room %s: rounds that pass are fetched later", error)
+            else:
+                collected.source = contact
                 return
+
+    async def _collect_all(self, contact: Contact, collected: _Collected) -> None:
+        """All that one peer has.
+
+        Raises:
+            PeerError: it does not answer, or has not got an average.
+        """
+        try:
+            while await self._collect_from(contact, collected):
+                pass
+        except OSError as error:
+            collected.give_up(error)
 
     async def _collect_from(self, contact: Contact, collected: _Collected) -> bool:
         """A page of certificates and their averages; False if there is nothing new.
@@ -367,32 +460,107 @@ class CatchUp:
 
     @property
     def busy(self) -> bool:
-        """Whether something is being caught up with."""
-        return self._running is not None and not self._running.done()
+        """Whether somebody is being looked into, or caught up with."""
+        self._tidy()
+        return bool(self._looking)
 
     def follow(self, contact: Contact, *, whole: bool = False) -> None:
-        """This peer seems to be ahead; `whole` asks for its state even if replaying could do."""
-        if not self.busy:
-            self._running = self._tasks.create_task(self._follow(contact, whole=whole))
+        """This peer, from which the machine heard, seems to be ahead.
 
-    async def _follow(self, contact: Contact, *, whole: bool) -> None:
+        Args:
+            contact: of a member of the roster; of anybody else it is only a suggestion.
+            whole: ask for its state even if replaying could do.
+        """
+        if contact.peer_id in self._place.head.peers:
+            self._look_into(_MEMBER, contact, whole=whole)
+        else:
+            self.suggest(contact)
+
+    def suggest(self, contact: Contact, samples: int = 0) -> bool:
+        """This peer says that it is ahead, and nobody knows it; whether that is looked into now.
+
+        Args:
+            contact: of the peer.
+            samples: that its record shows.
+        """
+        self._tidy()
+        if self.downloading or self._doubted(contact.peer_id) or contact.peer_id in self._looking:
+            return False
+        return self._has_room() and self._look_into(contact.peer_id, contact, samples=samples)
+
+    def _has_room(self) -> bool:
+        """Whether one more stranger can be looked into; one that takes too long gives way."""
+        strangers = [(since, of) for of, (_, since) in self._looking.items() if of not in _KNOWN]
+        if len(strangers) < LOOKED_INTO:
+            return True
+        since, longest = min(strangers)
+        if self._now() - since < PROOF_S:
+            return False
+        task, _ = self._looking.pop(longest)
+        task.cancel()
+        self._doubt(longest, SILENT_S, "takes its time to prove what it shows")
+        return True
+
+    def _look_into(
+        self, of: str, contact: Contact, *, whole: bool = False, samples: int = 0
+    ) -> bool:
+        """One at a time of each kind, and of each stranger."""
+        self._tidy()
+        if of in self._looking:
+            return False
+        task = self._tasks.create_task(self._follow(contact, whole=whole, samples=samples))
+        self._looking[of] = (task, self._now())
+        return True
+
+    def _tidy(self) -> None:
+        self._looking = {of: one for of, one in self._looking.items() if not one[0].done()}
+
+    def _doubt(self, peer_id: str, seconds: float, reason: object) -> None:
+        """Let no record of this peer, and nothing else it says, be looked into for a while."""
+        now = self._now()
+        self._doubts = {peer: until for peer, until in self._doubts.items() if until > now}
+        self._doubts[peer_id] = max(self._doubts.get(peer_id, 0.0), now + seconds)
+        logger.info("catchup.failed peer=%s for_s=%g %s", peer_id, seconds, reason)
+
+    def _doubted(self, peer_id: str) -> bool:
+        return self._doubts.get(peer_id, 0.0) > self._now()
+
+    async def _follow(self, contact: Contact, *, whole: bool, samples: int) -> None:
         """Replay what was decided where that is possible, take the whole state where it is not."""
         place = self._place
         try:
             claim = await self._transfer.newest(contact)
             claimed = Head.after(claim)
+            if claimed.samples < samples:
+                raise ProtocolViolation(contact.peer_id, "has less than its record shows")
             if claimed.rank <= place.head.rank and not place.yields_to(claimed):
                 return
             if not whole and self._is_cheaper(claim) and await self._replay(contact):
                 return
-            chain = await self._transfer.chain(contact)
-            if not place.yields_to(Head.after(chain.newest)):
+            if self.downloading:
+                return  # who is still ahead after that will be noticed again
+            chain = await self._proven(claim, contact)
+            if self.downloading or not place.yields_to(Head.after(chain.newest)):
                 return
-            state, chain = await self._obtain(chain, contact)
+            self.downloading = True
+            try:
+                state, chain = await self._obtain(chain, contact)
+            finally:
+                self.downloading = False
+        except ProtocolViolation as error:
+            self._doubt(contact.peer_id, DOUBT_S, error)
         except (PeerError, StateError) as error:
-            logger.info("catchup.failed %s", error)
-            return
-        place.install(state, chain)
+            self._doubt(contact.peer_id, SILENT_S, error)
+        else:
+            place.install(state, chain)
+
+    async def _proven(self, claim: Certificate, contact: Contact) -> Chain:
+        """See `_proof`; who fails here is to be doubted, whether it lies or dawdles."""
+        try:
+            return await self._proof(claim, contact)
+        except PeerError as error:
+            self._doubt(contact.peer_id, DOUBT_S, error)
+            raise
 
     def _is_cheaper(self, claim: Certificate) -> bool:
         """Whether to replay the averages up to there rather than to fetch the state.
@@ -440,20 +608,24 @@ class CatchUp:
         async for records in self._directory.watch(self._run_id, WATCH_S):
             if self._place.stopped:
                 continue
-            others = {record.peer_id: record for record in self._dialable(records)}
+            others = {
+                record.peer_id: record
+                for record in self._dialable(records)
+                if not self._doubted(record.peer_id)
+            }
             shown = {peer: Shown(r.samples, r.head) for peer, r in others.items()}
             peer = lookout.whom_to_ask(shown, self._place.head, self._place.knows)
             if peer is not None:
-                self.follow(contact_of(others[peer]))
-            else:
-                await self._look_for_a_stray()
+                self.suggest(contact_of(others[peer]), shown[peer].samples)
+            await self._look_for_a_stray()
 
     async def _look_for_a_stray(self) -> None:
         """Ask one lost member where it stands, at its old address.
 
-        A partition may have parted the directory as well, and it heals later than the network.
+        A partition may have parted the directory as well, and it heals later than the network. Not
+        only when the directory shows nobody: there, anybody can show anything.
         """
-        strays = self._place.strays
+        strays = [stray for stray in self._place.strays if not self._doubted(stray.peer_id)]
         if not strays:
             return
         self._turn += 1
@@ -464,7 +636,7 @@ class CatchUp:
             logger.debug("catchup.stray_silent %s", error)
             return
         if head.rank > self._place.head.rank and not self._place.knows(head.digest):
-            self.follow(stray)
+            self._look_into(_STRAY, stray)
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
@@ -478,21 +650,37 @@ def contact_of(record: PeerRecord) -> Contact:
 class _Collected:
     """Certificates that follow on a state that is being downloaded, and their averages on disk."""
 
-    def __init__(self, after: Certificate, numel: int) -> None:
+    def __init__(
+        self, after: Certificate, numel: int, folder: Path | None, source: Contact
+    ) -> None:
         self.certificates: list[Certificate] = []
         self.newest_applied = after
+        self.source = source  # who is asked what follows
         self._numel = numel
         self._places: dict[bytes, list[tuple[int, int]]] = {}  # offset and length of each frame
         self._lock = threading.Lock()  # a cancelled download leaves its last write to a thread
-        self._file: IO[bytes] = tempfile.TemporaryFile(  # noqa: SIM115 closed in __exit__
-            prefix="shoal-rounds-"
-        )
+        self._gave_up = False
+        self._file: IO[bytes] | None = None
+        try:
+            # Unbuffered: what found no room must not be tried again at the next seek.
+            self._file = tempfile.TemporaryFile(  # noqa: SIM115 closed in __exit__
+                prefix="shoal-rounds-",
+                dir=folder if folder is not None and folder.is_dir() else None,
+                buffering=0,
+            )
+        except OSError as error:
+            self.give_up(error)
 
     def __enter__(self) -> _Collected:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        asyncio.get_running_loop().run_in_executor(None, self._close)
+
+    def _close(self) -> None:
+        with self._lock:
+            if self._file is not None:
+                self._file.close()
 
     @property
     def newest(self) -> Certificate:
@@ -500,7 +688,13 @@ class _Collected:
 
     @property
     def full(self) -> bool:
-        return len(self._places) >= MAX_COLLECTED
+        """Whether nothing more is to be collected."""
+        return self._gave_up or len(self._places) >= MAX_COLLECTED
+
+    def give_up(self, error: OSError) -> None:
+        """For good: each further try would fetch a whole average only to find no room again."""
+        self._gave_up = True
+        logger.warning("catchup.no_room %s: rounds that pass are fetched later", error)
 
     def put(self, average: Average) -> None:
         """Keep an average.
@@ -508,14 +702,16 @@ class _Collected:
         Raises:
             OSError: no room on the disk.
         """
+        assert self._file is not None
         places = []
         with self._lock:
             at = self._file.seek(0, 2)
             for frame in average.frames():
-                self._file.write(frame)
+                rest = memoryview(frame)
+                while rest:
+                    rest = rest[self._file.write(rest) :]
                 places.append((at, len(frame)))
                 at += len(frame)
-            self._file.flush()
             self._places[average.root] = places
 
     def get(self, root: bytes) -> Average:
@@ -525,6 +721,7 @@ class _Collected:
             ValueError: it is not what was put there.
             OSError: the disk does not give it back.
         """
+        assert self._file is not None
         reader = AverageReader(self._numel)
         with self._lock:
             for at, length in self._places[root]:

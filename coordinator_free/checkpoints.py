@@ -277,6 +277,7 @@ class Keeper:
         self._newest: tuple[State, Chain] | None = None
         self._saved_root = saved.state.root if saved is not None else b""
         self._saving: Future[None] | None = None
+        self._closing = False
         self._thread = ThreadPoolExecutor(1, "shoal-checkpoints")
         self._complaint = ""
         self.round: int | None = saved.head.round if saved is not None else None
@@ -302,12 +303,21 @@ class Keeper:
         if self._newest[0].root != self._saved_root:
             self._saving = self._thread.submit(self._save, *self._newest)
 
+    @property
+    def saving(self) -> bool:
+        """Whether a state is being written, or about to be as the last one. From any thread."""
+        return self._closing or (self._saving is not None and not self._saving.done())
+
     def close(self) -> None:
         """Save what is newer than the last file. Blocks."""
-        if self._saving is not None:
-            self._saving.result()
-        self.save()
-        self._thread.shutdown(wait=True)
+        self._closing = True
+        try:
+            if self._saving is not None:
+                self._saving.result()
+            self.save()
+            self._thread.shutdown(wait=True)
+        finally:
+            self._closing = False
 
     def _save(self, state: State, chain: Chain) -> None:
         round = chain.newest.outcome.round

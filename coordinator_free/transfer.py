@@ -18,6 +18,8 @@ from coordinator_free import certificates, wire
 from coordinator_free.average import Average, AverageReader
 from coordinator_free.certificates import Head, Verify
 from coordinator_free.chain import MAX_CHAIN_BYTES, MAX_LINKS, Chain, follows
+from coordinator_free.codecs import codec
+from coordinator_free.config import RoundConfig
 from coordinator_free.contact import Contact
 from coordinator_free.download import AskDigests, AskLeaf, Cancel, Download, Drop, Step
 from coordinator_free.messages import (
@@ -50,9 +52,9 @@ T = TypeVar("T")
 
 ASK_S = 5.0  # for one small question
 SOON_S = 0.3  # after one answer, for the next one
-IDLE_S = 10.0  # between two frames of an average or a chain
+IDLE_S = 10.0  # between two frames of an average or a chain, and to begin with
 LEAF_S = 120.0  # for a leaf, whatever the download thinks of its donor
-SLOWEST_BPS = 50e3  # bytes per second below which a holder of an average is given up
+SLOWEST_BPS = 50e3  # bytes per second; who sends an average or a chain more slowly is given up
 CHAIN_S = 120.0  # for a whole chain
 STEP_S = 0.25  # how often a download looks at the clock
 LOOK_S = 2.0  # how often it looks for more donors
@@ -67,6 +69,7 @@ class Transfer:
         creator: who may sign the run's first certificate.
         layout: of the model's parameters.
         numel: their number; bounds every download.
+        round: how rounds are run.
         check: verifies one signature.
 
     Attributes:
@@ -81,6 +84,7 @@ class Transfer:
         creator: str,
         layout: str,
         numel: int,
+        round: RoundConfig,
         check: Verify,
     ) -> None:
         self.liars: Counter[str] = Counter()
@@ -90,6 +94,10 @@ class Transfer:
         self._layout = layout
         self._numel = numel
         self._check = check
+        # Who takes part sends and gets a vector in `exchange_s`: nobody needs longer for one.
+        average_bytes = codec(round.codec).encoded_bytes(numel)
+        self._average_bps = max(SLOWEST_BPS, average_bytes / round.exchange_s)
+        self._average_s = IDLE_S + round.exchange_s
 
     async def heads(self, contact: Contact, height: int) -> tuple[Certificate, ...]:
         """What a peer says was decided: all from `height` on, or the newest it has.
@@ -145,7 +153,7 @@ class Transfer:
                 raise ValueError("a chain that is too long, or out of order")
             links.append(wire.decode_certificate(bytes(payload)))
 
-        await self._download(contact, FetchChain(), add, CHAIN_S)
+        await self._download(contact, FetchChain(), add, SLOWEST_BPS, CHAIN_S)
         return await self._checked(
             contact,
             lambda: Chain.verified(links, self._run_id, self._creator, self._check),
@@ -204,8 +212,8 @@ class Transfer:
             PeerError: it does not have it, breaks off, dawdles, or sends another.
         """
         reader = AverageReader(self._numel)
-        limit_s = IDLE_S + 4 * self._numel / SLOWEST_BPS
-        await self._download(contact, FetchOutcome(vector_root=root), reader.add, limit_s)
+        request = FetchOutcome(vector_root=root)
+        await self._download(contact, request, reader.add, self._average_bps, self._average_s)
         return await self._checked(contact, lambda: reader.finish(root))
 
     async def _download(
@@ -213,12 +221,22 @@ class Transfer:
         contact: Contact,
         request: FetchOutcome | FetchChain,
         add: Callable[[bytes], None],
+        slowest_bps: float,
         limit_s: float,
     ) -> None:
+        """Read frame by frame; who is behind `slowest_bps` by more than `IDLE_S` is given up.
+
+        So a frame now and then is not enough: a dawdler costs seconds, whatever it has to send.
+        """
         fetching = self._client.fetch(contact, wire.encode_fetch(request), IDLE_S)
+        clock = asyncio.get_running_loop().time
+        began = clock()
+        late = began + IDLE_S
         try:
-            async with asyncio.timeout(limit_s), contextlib.aclosing(fetching) as frames:
+            async with asyncio.timeout_at(late) as limit, contextlib.aclosing(fetching) as frames:
                 async for frame in frames:
+                    late += len(frame) / slowest_bps
+                    limit.reschedule(min(late, began + limit_s))
                     add(frame)
         except TimeoutError as error:
             raise TimedOut(contact.peer_id, "sends too slowly") from error

@@ -6,7 +6,8 @@ creator's signature; its hash is the run id, so nobody can swap the configuratio
 Guaranteed for whatever `open_peer_record` and `SignedRun.from_bytes` return: the owner signed it
 for this purpose, its schema is ours, every field is in bounds, and a peer record is neither expired
 nor expires later than a record may. Not guaranteed: that what a peer says about itself is true (its
-addresses, its bandwidth, its round), or that a creator is anybody in particular.
+addresses, its bandwidth, its round), that its addresses can be dialled at all, or that a creator is
+anybody in particular.
 """
 
 from __future__ import annotations
@@ -43,8 +44,9 @@ _RUN_DOMAIN = b"dht/run/1"
 _RUN_ID_DOMAIN = b"shoal run 1\x00"
 
 MAX_ADDRESSES = 16
+MAX_COUNT = 2**53
+"""Of rounds and samples: exact in a double, so that JSON and dashboards show the same number."""
 _MAX_MADDR_CHARACTERS = 256
-_MAX_COUNT = 2**53  # exact in a double, so that JSON and dashboards show the same number
 _RUN_ID = re.compile(r"[0-9a-f]{40}")
 _MADDR = re.compile(r"(/[A-Za-z0-9.:_-]{1,128}){2,24}")
 _HOST = re.compile(r"[A-Za-z0-9._:%-]{1,253}")
@@ -104,7 +106,10 @@ def is_run_id(text: str) -> bool:
 
 
 def peer_id_of(maddr: str) -> str | None:
-    """The peer id that a dialable libp2p address such as `/ip4/…/tcp/…/p2p/12D3KooW…` ends with.
+    """The peer id that a libp2p address such as `/ip4/…/tcp/…/p2p/12D3KooW…` ends with.
+
+    Only the form is looked at: who dials it must expect that nobody can, as its protocols may be
+    made up, or newer than this program.
 
     Returns:
         base58 id, or None where this is no such address (hostile text is fine).
@@ -322,8 +327,8 @@ def _check_peer(record: PeerRecord) -> None:
     _require(len(record.certificate_sha256) == 32, "certificate_sha256")
     _require(_is_amount(record.upload_bps), "upload_bps")
     _require(_is_amount(record.download_bps), "download_bps")
-    _require(0 <= record.round <= _MAX_COUNT, "round")
-    _require(0 <= record.samples <= _MAX_COUNT, "samples")
+    _require(0 <= record.round <= MAX_COUNT, "round")
+    _require(0 <= record.samples <= MAX_COUNT, "samples")
     _require(len(record.head) == 32, "head")
     _require(_is_time(record.expires_at), "expires_at")
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import errno
 import logging
+import tempfile
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from typing import cast
+from pathlib import Path
+from typing import IO, cast
 
 import pytest
 from torch import Tensor
@@ -58,6 +62,9 @@ class Others:
         self.replicas = replicas
         self.looks: list[list[PeerRecord]] = []
         self.liars: set[str] = set()
+        self.dawdlers: set[str] = set()
+        self.proofs: list[str] = []  # whose chains were asked for
+        self.look_ups = 0
         self.downloads = 0
         self.averages = 0
         self.forgotten: set[bytes] = set()
@@ -66,6 +73,7 @@ class Others:
     # -- the directory ------------------------------------------------------------------------
 
     async def peers(self, run_id: str) -> list[PeerRecord]:
+        self.look_ups += 1
         return [record(name) for name in ("me", *self.replicas)]
 
     async def watch(self, run_id: str, interval_s: float) -> AsyncIterator[list[PeerRecord]]:
@@ -88,6 +96,9 @@ class Others:
         return sorted(shown, key=lambda one: Head.after(one[0]).rank, reverse=True)
 
     async def chain(self, contact: Contact) -> Chain:
+        self.proofs.append(contact.peer_id)
+        if contact.peer_id in self.dawdlers:
+            await asyncio.sleep(3600)
         if contact.peer_id in self.liars:
             raise ProtocolViolation(contact.peer_id, "proves nothing")
         return self.replicas[contact.peer_id].chain
@@ -153,7 +164,7 @@ class Me:
         self.held.install(state, chain)
 
 
-def catch_up(me: Me, others: Others, codec: str = "int4") -> CatchUp:
+def catch_up(me: Me, others: Others, codec: str = "int4", folder: Path | None = None) -> CatchUp:
     return CatchUp(
         me,
         transfer=cast(Transfer, others),
@@ -164,6 +175,7 @@ def catch_up(me: Me, others: Others, codec: str = "int4") -> CatchUp:
         layout=LAYOUT,
         outer=NesterovOuter(OuterConfig()),
         numel=NUMEL,
+        folder=folder,
     )
 
 
@@ -200,10 +212,36 @@ async def test_a_newcomer_takes_the_furthest_head_that_is_proven() -> None:
     assert chain == others.replicas["ahead"].chain
 
 
+async def test_chains_that_never_come_hold_up_no_newcomer() -> None:
+    others = Others(ahead=at(3), **{f"liar{n}": at(5) for n in range(3)})
+    others.dawdlers = {"liar0", "liar1", "liar2"}
+    async with asyncio.timeout(5):
+        found = await catch_up(Me(None, others), others).find(5.0)
+    assert found is not None
+    assert found[1] == others.replicas["ahead"].chain
+
+
+async def test_the_chain_of_an_earlier_head_proves_no_claim_to_more() -> None:
+    others = Others(ahead=at(3), liar=at(2))
+    honest = others.newest
+
+    async def newest(contact: Contact) -> Certificate:
+        shown = await honest(contact)
+        if contact.peer_id != "liar":
+            return shown
+        return dataclasses.replace(shown, outcome=dataclasses.replace(shown.outcome, samples=99))
+
+    others.newest = newest  # type: ignore[method-assign]
+    found = await catch_up(Me(None, others), others).find(5.0)
+    assert found is not None
+    assert found[1] == others.replicas["ahead"].chain
+
+
 async def test_what_is_committed_during_a_download_is_replayed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(catchup, "COLLECT_S", 0.01)
+    monkeypatch.setattr(catchup, "COLLECT_SOON_S", 0.01)
     donor = at(1)
     others = Others(donor=donor)
     missed = []
@@ -239,6 +277,132 @@ async def test_a_round_that_nobody_kept_ends_the_replay_at_a_state_of_the_run() 
     state, chain = found
     assert chain.newest == donor.certificates[-3]
     assert state.root == chain.newest.outcome.state_root
+
+
+async def test_a_download_asks_the_directory_for_nobody_while_who_showed_the_head_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(catchup, "COLLECT_SOON_S", 0.01)
+    others = Others(donor=at(1), other=at(1))
+    shown = []
+
+    async def look() -> None:
+        shown.append(others.look_ups)
+        await asyncio.sleep(0.3)
+        shown.append(others.look_ups)
+
+    others.during_download = look
+    assert await catch_up(Me(None, others), others).find(5.0) is not None
+    assert shown[0] == shown[1]
+
+
+async def test_what_is_asked_for_during_a_download_is_paced_by_what_comes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(catchup, "COLLECT_SOON_S", 0.01)
+    monkeypatch.setattr(catchup, "COLLECT_S", 0.2)
+    others = Others(donor=at(1))
+    asked: list[int] = []
+    heads = others.heads
+
+    async def counting(contact: Contact, height: int) -> tuple[Certificate, ...]:
+        asked.append(height)
+        return await heads(contact, height)
+
+    others.heads = counting  # type: ignore[method-assign]
+    others.during_download = lambda: asyncio.sleep(1.0)
+    assert await catch_up(Me(None, others), others).find(5.0) is not None
+    # 0.01, 0.02, 0.04 ... and then every 0.2 s: nothing is committed here.
+    assert 6 <= len(asked) <= 11
+
+
+async def test_who_does_not_go_on_with_the_rounds_is_not_asked_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(catchup, "COLLECT_S", 0.01)
+    monkeypatch.setattr(catchup, "COLLECT_SOON_S", 0.01)
+    monkeypatch.setattr(catchup, "IDLE_LOOKS", 3)
+    others = Others(stuck=at(2), alive=at(1))
+    alive = others.replicas["alive"]
+
+    async def pass_rounds() -> None:
+        for seed in range(1, 5):
+            step(alive, seed)
+            await asyncio.sleep(0.2)
+
+    others.during_download = pass_rounds
+    found = await catch_up(Me(None, others), others).find(5.0)
+    assert found is not None
+    assert found[1].newest == alive.chain.newest
+
+
+class FullDisk:
+    """A file in a place with room for so many bytes."""
+
+    def __init__(self, file: IO[bytes], room: int) -> None:
+        self.file = file
+        self.room = room
+
+    def write(self, data: memoryview) -> int:
+        if len(data) > self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.room -= len(data)
+        return self.file.write(data)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.file, name)
+
+
+@pytest.mark.parametrize("room", [True, False])
+async def test_a_download_without_room_for_rounds_gives_up_on_them_and_not_on_itself(
+    monkeypatch: pytest.MonkeyPatch, room: bool
+) -> None:
+    monkeypatch.setattr(catchup, "COLLECT_S", 0.01)
+    monkeypatch.setattr(catchup, "COLLECT_SOON_S", 0.01)
+    shipped = tempfile.TemporaryFile
+    one_and_a_half = average(0, NUMEL).nbytes * 3 // 2
+
+    def on_full_disk(*args: object, **options: object) -> FullDisk:
+        if not room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        file = shipped(*args, **options)  # type: ignore[call-overload]
+        return FullDisk(file, one_and_a_half)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", on_full_disk)
+    donor = at(1)
+    others = Others(donor=donor)
+    first = donor.chain.newest
+
+    async def pass_rounds() -> None:
+        for seed in (10, 11):
+            step(donor, seed, codec="fp32")
+        await asyncio.sleep(0.5)
+
+    others.during_download = pass_rounds
+    found = await catch_up(Me(None, others), others, codec="fp32").find(5.0)
+    assert found is not None
+    state, chain = found
+    # The one that found room is replayed; none is asked for again and again.
+    assert chain.newest == (donor.certificates[-2] if room else first)
+    assert state.root == chain.newest.outcome.state_root
+    assert others.averages == (2 if room else 0)
+
+
+async def test_rounds_are_kept_beside_the_checkpoints_if_there_are_any(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folders = []
+    shipped = tempfile.TemporaryFile
+
+    def noting(*, dir: Path | None, **options: object) -> IO[bytes]:
+        folders.append(dir)
+        return shipped(dir=dir, **options)  # type: ignore[call-overload, no-any-return]
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", noting)
+    for folder in (tmp_path, tmp_path / "none", None):
+        others = Others(donor=at(1))
+        assert await catch_up(Me(None, others), others, folder=folder).find(5.0) is not None
+    assert folders == [tmp_path, None, None]
 
 
 async def test_a_stopped_newcomer_looks_no_further() -> None:
@@ -297,6 +461,95 @@ async def test_another_branch_is_taken_over_whole_if_it_outranks_and_is_proven()
         me = Me(at(3, first_seed=50), others)
         await followed(me, others, name)
         assert len(me.installed) == installs
+
+
+# -- what nobody has proven yet ---------------------------------------------------------------
+
+
+def looks(records: list[PeerRecord], times: int) -> list[list[PeerRecord]]:
+    return [records] * times
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110 - what is played sets no events
+            await asyncio.sleep(0.01)
+
+
+async def test_an_unproven_claim_holds_up_neither_a_member_nor_a_lost_one() -> None:
+    others = Others(liar=at(9, first_seed=70), a=at(5), stray=at(6, first_seed=50))
+    others.dawdlers = {"liar"}
+    others.looks = looks([record("liar", bytes(32))], 3)
+    me = Me(at(2), others)
+    async with asyncio.TaskGroup() as tasks:
+        catching = catch_up(me, others)
+        catching.watch(tasks)
+        await until(lambda: "liar" in others.proofs)
+        catching.follow(Contact("a", ("host",), 1, NO_DIGEST))  # the roster is "a" alone
+        await until(lambda: me.head.height == at(5).chain.newest.outcome.height + 1)
+        stop(catching)
+    me = Me(at(2), others)
+    me.strays = (contact_of(record("stray")),)
+    async with asyncio.TaskGroup() as tasks:
+        catching = catch_up(me, others)
+        catching.watch(tasks)
+        await until(lambda: bool(me.installed))
+        stop(catching)
+    assert me.installed[0] == others.replicas["stray"].chain
+
+
+async def test_who_did_not_prove_what_it_showed_is_left_alone_for_a_while() -> None:
+    others = Others(liar=at(9, first_seed=70), ahead=at(5, first_seed=50))
+    others.liars = {"liar"}
+    digests = {name: Head.after(held.chain.newest).digest for name, held in others.replicas.items()}
+    others.looks = looks([record("liar", digests["liar"])], 10)
+    others.looks += looks([record(name, digests[name]) for name in digests], 10)
+    me = Me(at(2), others)
+    async with asyncio.TaskGroup() as tasks:
+        catch_up(me, others).watch(tasks)
+    assert others.proofs == ["liar", "ahead"]
+    assert me.installed == [others.replicas["ahead"].chain]
+
+
+async def test_a_record_that_shows_more_than_its_peer_has_is_not_looked_at_again() -> None:
+    others = Others(liar=at(2))
+    asked: list[str] = []
+    honest = others.newest
+
+    async def newest(contact: Contact) -> Certificate:
+        asked.append(contact.peer_id)
+        return await honest(contact)
+
+    others.newest = newest  # type: ignore[method-assign]
+    others.looks = looks([record("liar", bytes(32), 2**53)], 10)
+    async with asyncio.TaskGroup() as tasks:
+        catch_up(Me(at(2), others), others).watch(tasks)
+    assert asked == ["liar"]
+
+
+async def test_strangers_that_take_too_long_make_room_for_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(catchup, "PROOF_S", 0.1)
+    liars = {f"liar{n}": at(9, first_seed=70) for n in range(catchup.LOOKED_INTO)}
+    others = Others(**liars, ahead=at(5, first_seed=50))
+    others.dawdlers = set(liars)
+    me = Me(at(2), others)
+    async with asyncio.TaskGroup() as tasks:
+        catching = catch_up(me, others)
+        catching.watch(tasks)
+        for name in liars:
+            assert catching.suggest(contact_of(record(name)))
+        ahead = contact_of(record("ahead"))
+        assert not catching.suggest(ahead)
+        await until(lambda: catching.suggest(ahead))
+        await until(lambda: bool(me.installed))
+        stop(catching)
+
+
+def stop(catching: CatchUp) -> None:
+    for task, _ in catching._looking.values():
+        task.cancel()
 
 
 # -- branches of one weight -------------------------------------------------------------------

@@ -13,6 +13,7 @@ import torch
 from coordinator_free import transfer as transfers
 from coordinator_free import wire
 from coordinator_free.chain import Chain
+from coordinator_free.config import RoundConfig
 from coordinator_free.contact import Contact
 from coordinator_free.donor import KEPT_STATES, LEASE_S, SLOT_S, SLOTS, Donor, Throttle
 from coordinator_free.messages import (
@@ -287,6 +288,7 @@ def transfer_over(network: Network, numel: int = BIG) -> Transfer:
         creator="a",
         layout=LAYOUT,
         numel=numel,
+        round=RoundConfig(),
         check=check,
     )
 

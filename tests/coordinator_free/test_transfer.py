@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import time
 from collections.abc import AsyncIterator, Iterable
 from typing import cast
 
@@ -14,11 +16,13 @@ from coordinator_free.average import Average, Chunk
 from coordinator_free.certificates import ACCEPT_DOMAIN, found, signed_text
 from coordinator_free.chain import Chain
 from coordinator_free.codecs import codec
+from coordinator_free.config import RoundConfig
 from coordinator_free.contact import Contact
 from coordinator_free.messages import (
     NO_DIGEST,
     U64_MAX,
     Certificate,
+    Contribution,
     FetchChain,
     FetchOutcome,
     FrameHeader,
@@ -33,7 +37,7 @@ from coordinator_free.messages import (
 )
 from coordinator_free.transfer import Transfer
 from coordinator_free.transport import Client
-from dht.errors import PeerError, ProtocolViolation, StateError, Unreachable
+from dht.errors import PeerError, ProtocolViolation, StateError, TimedOut, Unreachable
 from tests.sim.world import RUN, Key, check
 
 NUMEL = 500
@@ -79,7 +83,7 @@ def follow(before: Outcome, roster: str = "abc", *, samples: int = 10) -> Outcom
         vector_root=NO_DIGEST,
         state_root=blake3(before.state_root).digest(),
         samples=before.samples + samples,
-        contributions=(),
+        contributions=(Contribution(peer_id=before.roster[0].peer_id, samples=samples),),
         roster=tuple(seat(name) for name in roster),
     )
 
@@ -96,6 +100,7 @@ class Peers:
     def __init__(self) -> None:
         self.replies: dict[str, bytes | PeerError] = {}
         self.frames: list[bytes | PeerError] = []
+        self.pause_s = 0.0  # before each of them
         self.asked: list[Message | wire.FetchRequest] = []
 
     def shows(self, peer: str, *certificates: Certificate) -> None:
@@ -113,6 +118,7 @@ class Peers:
     ) -> AsyncIterator[bytes]:
         self.asked.append(wire.decode_fetch(request))
         for frame in self.frames:
+            await asyncio.sleep(self.pause_s)
             if isinstance(frame, PeerError):
                 raise frame
             yield frame
@@ -123,16 +129,21 @@ def peers() -> Peers:
     return Peers()
 
 
-@pytest.fixture
-def transfer(peers: Peers) -> Transfer:
+def transfer_of(peers: Peers, numel: int = NUMEL, exchange_s: float = 60.0) -> Transfer:
     return Transfer(
         client=cast(Client, peers),
         run_id=RUN,
         creator="a",
         layout=LAYOUT,
-        numel=NUMEL,
+        numel=numel,
+        round=RoundConfig(exchange_s=exchange_s),
         check=check,
     )
+
+
+@pytest.fixture
+def transfer(peers: Peers) -> Transfer:
+    return transfer_of(peers)
 
 
 # -- heads ------------------------------------------------------------------------------------
@@ -256,6 +267,18 @@ async def test_a_chain_is_read_up_to_its_limit(
                 await transfer.chain(contact("x"))
 
 
+async def test_a_chain_that_comes_in_drops_is_given_up(
+    peers: Peers, transfer: Transfer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "IDLE_S", 0.2)
+    peers.frames = links(FIRST, SECOND, THIRD, FOURTH)
+    peers.pause_s = 0.1  # a frame is never awaited for long
+    with pytest.raises(TimedOut, match="too slowly"):
+        await transfer.chain(contact("x"))
+    monkeypatch.setattr(module, "SLOWEST_BPS", 1e3)  # a few hundred bytes in a tenth of a second
+    assert len(await transfer.chain(contact("x"))) == 4
+
+
 # -- averages ---------------------------------------------------------------------------------
 
 
@@ -295,3 +318,25 @@ async def test_a_holder_that_sends_something_else_or_breaks_off_is_named(
     peers.frames = [encoded[0], Unreachable("x", "gone")]
     with pytest.raises(Unreachable):
         await transfer.average(contact("x"), average().root)
+
+
+async def test_a_holder_has_no_longer_for_an_average_than_an_exchange_may_take(
+    peers: Peers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the size of the model: it was hours where that is large."""
+    monkeypatch.setattr(module, "IDLE_S", 0.2)
+    payload = bytes(codec("int4").encode(torch.ones(1024)))
+    peers.frames = [
+        *Average("int4", [Chunk(n, 1024, b"\x01", payload) for n in range(20)]).frames()
+    ]
+    peers.pause_s = 0.05
+    transfer = transfer_of(peers, numel=10**9, exchange_s=0.3)
+    began = time.monotonic()
+    with pytest.raises(TimedOut, match="too slowly"):
+        await transfer.average(contact("x"), NO_DIGEST)
+    assert time.monotonic() - began < 0.8
+    # At the pace of an exchange of this length it comes through: 10 kB in a second.
+    monkeypatch.setattr(module, "SLOWEST_BPS", 1e3)
+    transfer = transfer_of(peers, numel=20 * 1024, exchange_s=3.0)
+    with pytest.raises(ProtocolViolation, match="another root"):
+        await transfer.average(contact("x"), NO_DIGEST)
