@@ -12,19 +12,19 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from blake3 import blake3
 from torch import Tensor
 
-from coordinator_free.codecs import codec
+from coordinator_free.codecs import Codec, codec
+from coordinator_free.memory import empty_bytes, empty_vector
 from coordinator_free.messages import MAX_MEMBERS, FrameHeader, Plan
-from coordinator_free.partition import ALIGN_ELEMENTS
+from coordinator_free.partition import ALIGN_ELEMENTS, chunk_span
 from coordinator_free.wire import pack_frame, tree_root, unpack_frame
 
 _PREFIX = struct.Struct(">IQI")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Chunk:
     """One reduced chunk.
 
@@ -40,8 +40,9 @@ class Chunk:
     contributors: bytes
     payload: bytes | memoryview
 
+    @functools.cached_property
     def digest(self) -> bytes:
-        """(32,) bytes over everything above."""
+        """(32,) bytes over everything above; the first look takes a moment."""
         hasher = blake3(b"shoal chunk v1\0")
         hasher.update(_PREFIX.pack(self.index, self.elements, len(self.contributors)))
         hasher.update(self.contributors)
@@ -66,29 +67,77 @@ class Chunk:
         return cls(header.chunk, header.elements, header.contributors, payload)
 
 
+class ChunkStore:
+    """Room for the encoded chunks of one vector, in one piece of memory that is used once.
+
+    Received frames end here, so that the memory they came in is free for the next ones.
+
+    Args:
+        codec: how payloads are encoded.
+        numel: length of the vector.
+        chunk_elements: of every chunk but the last.
+    """
+
+    def __init__(self, codec: Codec, numel: int, chunk_elements: int) -> None:
+        self._codec = codec
+        self._numel = numel
+        self._chunk_elements = chunk_elements
+        self._chunk_bytes = codec.encoded_bytes(chunk_elements)
+        chunks = -(-numel // chunk_elements)
+        last = numel - (chunks - 1) * chunk_elements
+        self._memory = empty_bytes((chunks - 1) * self._chunk_bytes + codec.encoded_bytes(last))
+
+    def elements(self, index: int) -> int:
+        """Length of a chunk."""
+        start, stop = chunk_span(index, self._chunk_elements, self._numel)
+        return stop - start
+
+    def room(self, index: int) -> memoryview:
+        """Where the payload of a chunk belongs; exactly as long as that is."""
+        start = index * self._chunk_bytes
+        return self._memory[start : start + self._codec.encoded_bytes(self.elements(index))]
+
+    def put(self, index: int, contributors: bytes, payload: memoryview) -> Chunk:
+        """Copy a payload to its place, and look at it: call this in a worker thread.
+
+        Raises:
+            ValueError: it is not what the codec makes of so many elements.
+        """
+        room, elements = self.room(index), self.elements(index)
+        if len(payload) != len(room):
+            raise ValueError(f"{len(payload)} bytes are not {elements} elements")
+        room[:] = payload
+        self._codec.validate(room, elements)
+        chunk = Chunk(index, elements, contributors, room)
+        chunk.digest  # noqa: B018  here and not in the event loop
+        return chunk
+
+
 class Average:
     """All chunks of a vector, in order.
 
     Args:
         codec_name: how payloads are encoded.
         chunks: every chunk of the vector, in the order of its elements.
+        checked: whether the payloads are known to be what the codec makes.
 
     Raises:
         ConfigError: nobody knows the codec.
         ValueError: a payload is not what the codec makes.
     """
 
-    def __init__(self, codec_name: str, chunks: list[Chunk]) -> None:
+    def __init__(self, codec_name: str, chunks: list[Chunk], *, checked: bool = False) -> None:
         self.codec_name = codec_name
         self.chunks = chunks
-        for chunk in chunks:
-            codec(codec_name).validate(chunk.payload, chunk.elements)
+        if not checked:
+            for chunk in chunks:
+                codec(codec_name).validate(chunk.payload, chunk.elements)
 
     @functools.cached_property
     def root(self) -> bytes:
         """(32,) bytes that name this average."""
         name = blake3(b"shoal average v1\0" + self.codec_name.encode()).digest()
-        return tree_root([name, *(chunk.digest() for chunk in self.chunks)])
+        return tree_root([name, *(chunk.digest for chunk in self.chunks)])
 
     @property
     def numel(self) -> int:
@@ -100,13 +149,16 @@ class Average:
         """Bytes of all payloads."""
         return sum(len(chunk.payload) for chunk in self.chunks)
 
+    def decode(self, chunk: Chunk, out_E: Tensor) -> None:
+        """One chunk of the averaged pseudo-gradient, into (E,) float32."""
+        codec(self.codec_name).decode(chunk.payload, chunk.elements, out_E)
+
     def values(self) -> Tensor:
         """The averaged pseudo-gradient, decoded: (N,) float32."""
-        out_N = torch.empty(self.numel, dtype=torch.float32)
+        out_N = empty_vector(self.numel)
         start = 0
         for chunk in self.chunks:
-            decoded = codec(self.codec_name).decode(chunk.payload, chunk.elements)
-            out_N[start : start + chunk.elements] = decoded
+            self.decode(chunk, out_N[start : start + chunk.elements])
             start += chunk.elements
         return out_N
 

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import itertools
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from concurrent.futures import Executor
@@ -26,10 +28,11 @@ from typing import Protocol, TypeVar
 from torch import Tensor
 
 from coordinator_free import failpoints
-from coordinator_free.average import Average, Chunk, check_bits
+from coordinator_free.average import Average, Chunk, ChunkStore, check_bits
 from coordinator_free.codecs import Codec, NonFinite, codec
 from coordinator_free.messages import FetchChunks, FrameHeader, Plan, Run, Slice
-from coordinator_free.partition import chunk_span, runs_of, share
+from coordinator_free.partition import chunk_span, runs_of, share, within
+from coordinator_free.planning import sent_by
 from coordinator_free.reducer import Reducer
 from coordinator_free.wire import pack_frame, unpack_frame
 from dht.errors import PeerError, ProtocolViolation, RoundError, Unreachable, innermost
@@ -100,6 +103,11 @@ class Butterfly:
         network: to the other members.
         executor: runs what takes longer than a moment.
         base: the exchange that the plan mends, if this peer took part in that.
+
+    Attributes:
+        slices_s: by reducer, after how many seconds all of its slices were here.
+        parts_s: by contributor, after how many its part of my slices was here, less those for which
+            it had to wait for others.
     """
 
     def __init__(
@@ -118,24 +126,34 @@ class Butterfly:
         self._codec: Codec = codec(plan.codec)
         self._values_N = values_N
         self._network = network
-        self._executor = executor
+        # Not a method: a cycle through the reducers would keep the vector's chunks until the
+        # collector comes by, rounds later.
+        self._compute = functools.partial(_compute, executor)
+        self._store = ChunkStore(self._codec, plan.numel, plan.chunk_elements)
         self._chunks: list[Chunk | None] = [None] * plan.chunks
         if base is not None and base.digest == plan.base and _alike(base.plan, plan):
             # Only what the plan keeps: whatever else has arrived will be averaged once more.
             for kept in plan.kept:
                 self._chunks[kept.start : kept.stop] = base._chunks[kept.start : kept.stop]
+        self._began = asyncio.get_running_loop().time()
+        self.slices_s: dict[str, float] = {}  # by reducer: when all of it was here
+        self.parts_s: dict[str, float] = {}  # by contributor: when its part of my slices was
         self._failures: dict[str, BaseException] = {}  # by peer
         self._dropped: set[str] = set()
         self._parts: list[tuple[str, asyncio.Task[None]]] = []
         self._served: set[tuple[str, int]] = set()
+        self._sent = {c.peer_id: sent_by(plan, c.peer_id) for c in plan.contributions}
         self._reducers = {
-            number: Reducer(plan, piece, self._compute)
+            number: Reducer(
+                plan,
+                piece,
+                {peer: within(runs, piece) for peer, runs in self._sent.items()},
+                self._store,
+                self._compute,
+            )
             for number, piece in enumerate(plan.slices)
             if piece.reducer == me
         }
-
-    def _compute(self, work: Callable[..., T], *args: object) -> asyncio.Future[T]:
-        return asyncio.get_running_loop().run_in_executor(self._executor, work, *args)
 
     @property
     def lost(self) -> tuple[str, ...]:
@@ -213,7 +231,7 @@ class Butterfly:
             async for chunk in reducer.reduced():
                 if chunk.index == reducer.piece.middle:
                     await failpoints.reach_async("results.half")
-                yield chunk.frame()
+                yield reducer.frame(chunk)
             # The stream ends with this generator. Under a member that has yet to say its last word,
             # that would fail its write, and a failed write costs it what it has not read yet.
             await asyncio.wait({reading}, timeout=PATIENCE * self.plan.stall_s)
@@ -221,28 +239,30 @@ class Butterfly:
             reading.cancel()
 
     async def _take(self, reducer: Reducer, sender: str, frames: AsyncIterator[bytes]) -> None:
-        contributors = {c.peer_id for c in self.plan.contributions}
-        expected = reducer.piece.start
+        loop = asyncio.get_running_loop()
+        expected = list(within(self._sent.get(sender, ()), reducer.piece))
+        done = 0
+        held_up_s = 0.0  # by those whose chunks were missing, not by this sender
         try:
             async with asyncio.timeout(self.plan.exchange_s):
                 async for frame in frames:
                     header, payload = unpack_frame(frame)
-                    if (
-                        sender not in contributors
-                        or expected == reducer.piece.stop
-                        or header.chunk != expected
-                    ):
+                    if done == len(expected) or header.chunk != expected[done]:
                         raise ProtocolViolation(sender, "sent a chunk that the plan does not have")
-                    elements = reducer.elements(expected)
-                    await self._compute(self._codec.validate, payload, elements)
+                    if len(payload) != len(self._store.room(header.chunk)):
+                        raise ProtocolViolation(sender, "sent a chunk of another length")
+                    arrived = loop.time()
                     await reducer.put(sender, payload)
-                    expected += 1
+                    held_up_s += loop.time() - arrived
+                    done += 1
         except (TimeoutError, ValueError, PeerError) as error:
-            done = expected - reducer.piece.start
             logger.warning("butterfly.contributor_lost peer=%s chunks=%d %s", sender, done, error)
         finally:
-            if expected < reducer.piece.stop:
+            if done < len(expected):
                 reducer.drop(sender)
+            elif expected:
+                took_s = loop.time() - self._began - held_up_s
+                self.parts_s[sender] = max(took_s, self.parts_s.get(sender, 0.0))
 
     async def _feed(self, reducer: Reducer) -> None:
         """My own contribution to my own slice takes the same way as everybody's."""
@@ -250,8 +270,8 @@ class Butterfly:
             reducer.drop(self._me)
             return
         try:
-            for index in range(reducer.piece.start, reducer.piece.stop):
-                await reducer.put(self._me, await self._encode(index))
+            for index in within(self._sent[self._me], reducer.piece):
+                await reducer.put(self._me, await self._compute(self._encode, index))
         except NonFinite as error:
             logger.error("butterfly.not_finite round=%d %s", self.plan.round, error)
             reducer.drop(self._me)
@@ -291,7 +311,7 @@ class Butterfly:
             late = True
         chunks = [chunk for chunk in self._chunks if chunk is not None]
         if len(chunks) == len(self._chunks):
-            return await self._compute(Average, self.plan.codec, chunks)
+            return Average(self.plan.codec, chunks, checked=True)
         lost = set(self._failures)
         if late:
             lost |= {
@@ -319,6 +339,8 @@ class Butterfly:
                     self._chunks[chunk.index] = chunk
             else:
                 await self._stream(number, piece)
+                took_s = asyncio.get_running_loop().time() - self._began
+                self.slices_s[piece.reducer] = max(took_s, self.slices_s.get(piece.reducer, 0.0))
         except (PeerError, RoundError, ValueError, ExceptionGroup) as caught:
             error = innermost(caught)
             if not isinstance(error, (PeerError, RoundError, ValueError)):
@@ -349,14 +371,12 @@ class Butterfly:
             sending.cancel()  # the reducer has done without what it did not wait for
 
     async def _checked(self, peer: str, frame: bytes, index: int) -> Chunk:
-        """The reduced chunk in a frame, which must be this one."""
-        chunk = Chunk.from_frame(frame)
-        start, stop = self._span(index)
-        if (chunk.index, chunk.elements) != (index, stop - start):
+        """The reduced chunk in a frame, which must be this one, at its place."""
+        header, payload = unpack_frame(frame)
+        if (header.chunk, header.elements) != (index, self._store.elements(index)):
             raise ProtocolViolation(peer, "sent a chunk out of order")
-        check_bits(self.plan, chunk.contributors)
-        await self._compute(self._codec.validate, chunk.payload, chunk.elements)
-        return chunk
+        check_bits(self.plan, header.contributors)
+        return await self._compute(self._store.put, index, header.contributors, payload)
 
     async def _send(self, stream: Stream, piece: Slice) -> None:
         """Send my part of a slice; with broken values, end it early.
@@ -368,13 +388,11 @@ class Butterfly:
         try:
             if self._values_N is not None:
                 await failpoints.reach_async("send.begin")
-                for index in range(piece.start, piece.stop):
-                    if index == piece.middle:
-                        await failpoints.reach_async("send.half")
-                    payload = await self._encode(index)
-                    start, stop = self._span(index)
-                    header = FrameHeader(chunk=index, elements=stop - start)
-                    await stream.send(pack_frame(header, payload), patience_s)
+                async with contextlib.aclosing(self._encoded(piece)) as frames:
+                    async for index, frame in frames:
+                        if index == piece.middle:
+                            await failpoints.reach_async("send.half")
+                        await stream.send(frame, patience_s)
         except NonFinite as error:
             logger.error("butterfly.not_finite round=%d %s", self.plan.round, error)
             with contextlib.suppress(PeerError):
@@ -383,6 +401,21 @@ class Butterfly:
             raise
         except PeerError as error:
             logger.debug("butterfly.send_ended %s", error)
+
+    async def _encoded(self, piece: Slice) -> AsyncGenerator[tuple[int, bytes]]:
+        """My part of a slice as frames, each encoded while the one before it is on its way."""
+        mine = within(self._sent[self._me], piece)
+        coming: asyncio.Future[bytes] | None = None
+        try:
+            for index, following in itertools.zip_longest(mine, mine[1:]):
+                frame = await (coming or self._compute(self._frame, index))
+                coming = None
+                if following is not None:
+                    coming = self._compute(self._frame, following)
+                yield index, frame
+        finally:
+            if coming is not None:  # nobody asks any more what became of it
+                coming.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     async def complete(self, holders: tuple[str, ...]) -> Average | None:
         """Fetch what is missing from members who have it all; None if that fails."""
@@ -395,7 +428,7 @@ class Butterfly:
         chunks = [chunk for chunk in self._chunks if chunk is not None]
         if len(chunks) < len(self._chunks):
             return None
-        return await self._compute(Average, self.plan.codec, chunks)
+        return Average(self.plan.codec, chunks, checked=True)
 
     async def _collect(self, run: Run, holders: tuple[str, ...], plan: bytes) -> None:
         """Fetch what only others got by a plan, a part of it from each of them."""
@@ -429,14 +462,22 @@ class Butterfly:
             if index == run.stop:
                 return
 
-    def _span(self, index: int) -> tuple[int, int]:
-        return chunk_span(index, self.plan.chunk_elements, self.plan.numel)
-
-    async def _encode(self, index: int) -> memoryview:
-        if self._values_N is None:  # released: this exchange is over
+    def _encode(self, index: int) -> memoryview:
+        """My part of a chunk."""
+        values_N = self._values_N
+        if values_N is None:  # released: this exchange is over
             raise Unreachable(self._me, "takes part in it no longer")
-        start, stop = self._span(index)
-        return await self._compute(self._codec.encode, self._values_N[start:stop])
+        start, stop = chunk_span(index, self.plan.chunk_elements, self.plan.numel)
+        return self._codec.encode(values_N[start:stop])
+
+    def _frame(self, index: int) -> bytes:
+        """My part of a chunk as it travels."""
+        header = FrameHeader(chunk=index, elements=self._store.elements(index))
+        return pack_frame(header, self._encode(index))
+
+
+def _compute(executor: Executor, work: Callable[..., T], *args: object) -> asyncio.Future[T]:
+    return asyncio.get_running_loop().run_in_executor(executor, work, *args)
 
 
 def _alike(base: Plan, plan: Plan) -> bool:

@@ -21,6 +21,7 @@ from coordinator_free.messages import (
     Member,
     Outcome,
     Signature,
+    samples_after,
 )
 
 ACCEPT_DOMAIN = b"shoal accept v1"
@@ -186,6 +187,27 @@ def revive(
         provisional=True,
         signatures=(Signature(peer_id=signer.peer_id, signature=signature),),
     )
+
+
+def adds_up(before: Head | Outcome, after: Outcome) -> bool:
+    """Whether round, samples and state of an outcome go on from those of the decree before it.
+
+    What everybody can check who never saw the tensors. Samples decide between branches, and a
+    provisional certificate needs one signer: it can claim no more than its whole roster could do.
+
+    Args:
+        before: the decree that `after` directly follows, or where it led to.
+        after: checked for nothing else.
+    """
+    if after.kind == Kind.AVERAGE:
+        seats = {member.peer_id for member in before.roster}
+        return (
+            after.round == before.round + 1
+            and after.samples == samples_after(before.samples, after.contributions)
+            and seats.issuperset(contribution.peer_id for contribution in after.contributions)
+        )
+    same = (before.round, before.samples, before.state_root)
+    return after.kind != Kind.FOUND and (after.round, after.samples, after.state_root) == same
 
 
 def verify(certificate: Certificate, run_id: str, voters: tuple[str, ...], check: Verify) -> bool:

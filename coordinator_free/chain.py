@@ -5,8 +5,9 @@
 
 The first link is signed by the run's creator. A link a -> b is good if
 
-- *direct*: b follows a (next height, naming a's head) and a's roster decided it, as it decides
-  anything (`certificates.verify`: a majority of it, or some of it provisionally); or
+- *direct*: b follows a (next height, naming a's head), its round, samples and state add up
+  (`certificates.adds_up`), and a's roster decided it, as it decides anything
+  (`certificates.verify`: a majority of it, or some of it provisionally); or
 - *skip*: b is later, not provisional, and more than half of a's roster signed it.
 
 The last link is always direct, so the newest certificate is checked as every member checks it.
@@ -189,9 +190,9 @@ def _skips(before: Certificate, after: Certificate, run_id: str, check: Verify) 
 
 def _is_next(before: Certificate, after: Certificate) -> bool:
     return (
-        _is_later(before, after)
-        and after.outcome.height == before.outcome.height + 1
+        after.outcome.height == before.outcome.height + 1
         and after.outcome.previous == wire.head_digest(before.outcome)
+        and certificates.adds_up(before.outcome, after.outcome)
     )
 
 
@@ -199,20 +200,14 @@ def _may_skip(before: Certificate, after: Certificate) -> bool:
     """Everything about a skip but the signatures themselves."""
     roster = {member.peer_id for member in before.outcome.roster}
     signers = {signature.peer_id for signature in after.signatures}
-    return (
-        _is_later(before, after)
-        and not after.provisional
-        and len(signers & roster) > len(roster) // 2
-    )
-
-
-def _is_later(before: Certificate, after: Certificate) -> bool:
     old, new = before.outcome, after.outcome
     return (
         new.kind != Kind.FOUND
         and new.height > old.height
         and new.round >= old.round
         and new.samples >= old.samples
+        and not after.provisional
+        and len(signers & roster) > len(roster) // 2
     )
 
 

@@ -26,10 +26,10 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from blake3 import blake3
 
-from coordinator_free.replica import State, bytes_of, layout_leaf, leaf_bounds
+from coordinator_free.memory import bytes_of, empty_vector
+from coordinator_free.replica import State, layout_leaf, leaf_bounds
 from coordinator_free.wire import tree_root
 from dht.errors import StateError
 
@@ -109,7 +109,7 @@ class Download:
         self.liars: set[str] = set()
         self._root = root
         self._layout = layout
-        self._vectors = (torch.empty(numel), torch.empty(numel))
+        self._vectors = (empty_vector(numel), empty_vector(numel))
         self._raw = tuple(bytes_of(vector) for vector in self._vectors)
         self._bounds = leaf_bounds(numel)
         self._digests: Sequence[bytes] | None = None

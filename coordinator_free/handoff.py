@@ -7,6 +7,7 @@ does.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from coordinator_free.memory import empty_vector
 from dht.errors import RoundError, SwarmError
 
 logger = logging.getLogger(__name__)
@@ -104,7 +106,7 @@ class Handoff:
         that is gone.
 
         Args:
-            local_N: (N,) float32, CPU.
+            local_N: (N,) float32, CPU. Given away: its memory becomes that of the pseudo-gradient.
             samples: trained on.
             notify: called with round and samples once the pseudo-gradient can be taken.
 
@@ -115,8 +117,11 @@ class Handoff:
         work = self._taken  # only this thread sets it
         if work is None:
             raise SessionClosed("there is no work to submit")
-        pseudo_gradient_N = work.theta_N - local_N
-        if not torch.isfinite(pseudo_gradient_N).all():
+        if local_N.data_ptr() == work.theta_N.data_ptr():  # which is everybody's
+            local_N = empty_vector(len(local_N))
+            local_N.copy_(work.theta_N)
+        pseudo_gradient_N = torch.sub(work.theta_N, local_N, out=local_N)
+        if not _finite(pseudo_gradient_N):
             logger.error("handoff.not_finite round=%d: the work counts for nothing", work.round)
             samples = 0
         with self._changed:
@@ -196,3 +201,9 @@ class Handoff:
 
     def _over(self, round: int) -> bool:
         return self._result is not None and self._result.round >= round
+
+
+def _finite(vector_N: Tensor) -> bool:
+    """Whether all elements are; without a vector of answers, as isfinite() makes."""
+    low, high = torch.aminmax(vector_N)  # NaN if there is one
+    return math.isfinite(low.item()) and math.isfinite(high.item())

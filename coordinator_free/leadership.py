@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Protocol, TypeVar
 
 from coordinator_free import certificates, wire
+from coordinator_free.bandwidth import Rate
 from coordinator_free.certificates import Head, Verify
 from coordinator_free.config import Layout, RoundConfig
 from coordinator_free.membership import Membership
@@ -21,7 +22,6 @@ from coordinator_free.messages import (
     NO_DIGEST,
     Accepted,
     Certificate,
-    Contribution,
     Kept,
     Kind,
     Lead,
@@ -36,22 +36,22 @@ from coordinator_free.messages import (
     Report,
     Run,
     Signature,
+    Slice,
+    samples_after,
 )
-from coordinator_free.partition import chunk_elements, runs_of, share
+from coordinator_free.partition import runs_of
+from coordinator_free.planning import STALLS, Seat, divide_again, draft
 
 K = TypeVar("K")
+
+NO_RATE = Rate(up_bps=0.0, down_bps=0.0)
 
 BEAT_S = 1.0  # heartbeats, and the time after which an unanswered message is repeated
 JUDGE_MARGIN_S = 2.0  # members notice the deadline of an exchange before their leader does
 LOST_S = 1.5  # an exchange goes on without a member that cannot be reached for so long
 MAX_MENDS = 8  # of one plan; each leaves somebody out
-MAX_KEPT = 1024  # runs of chunks in a mend: who reports them one by one must not fill the message
-
-# The deadline of an exchange: a few times what the last one took. Below the floor a machine that is
-# busy for a moment would pass for a dead one; a mistake costs a mend, not the round.
-DEADLINE_SHARE = 4.0
-DEADLINE_FLOOR_S = 15.0
-STALLS = 5.0  # contributors may be silent for this part of it
+KEPT_BYTES = 192 << 10  # of a mend: who reports chunks one by one must not fill the message
+KEPT_HOLDERS = 16  # named of each run of chunks: enough to share the load of handing them out
 
 # Stragglers are asked for what they have when the quorum has waited for a quarter of its own time.
 GRACE_SHARE = 0.25
@@ -185,6 +185,8 @@ class Leadership:
             for peer in self._plan.receivers:
                 if peer not in self._reports:
                     machine.send(peer, self._plan)
+            for assistant in self._plan.assistants:  # which also shows whether they are there
+                machine.send(assistant.peer_id, self._plan)
 
     def _tell(self, answered: Iterable[str], message: Prepare | Propose) -> None:
         for peer in self._machine.head.peers:
@@ -302,26 +304,26 @@ class Leadership:
         """Send everyone who is ready the plan of the exchange."""
         machine = self._machine
         seated = [member for member in machine.head.roster if member.peer_id in ready]
-        contributions = tuple(
-            Contribution(peer_id=m.peer_id, samples=self._readies[m.peer_id].samples)
-            for m in seated
-            if self._readies[m.peer_id].samples > 0
-        )
-        reducers = [member.peer_id for member in seated if member.can_reduce]
         if not any(member.can_reduce for member in machine.head.roster):
             # Nobody here can average: to decide anything but on one who can would never end.
             if any(member.can_reduce for member in machine.membership.joiners(now)):
                 self._regroup(now, admit=True)
             return
-        if not contributions or not reducers:
+        contributors = any(self._readies[member.peer_id].samples for member in seated)
+        if not contributors or not any(member.can_reduce for member in seated):
             self._regroup(now)  # everybody was closed before a first step: try again
             return
-        layout, config = machine.layout, machine.config
-        elements = chunk_elements(layout.numel, len(reducers), layout.largest_chunk)
-        everything = Run(start=0, stop=-(-layout.numel // elements))
-        exchange_s = config.exchange_s
-        if machine.pace_s is not None:
-            exchange_s = min(exchange_s, max(DEADLINE_FLOOR_S, DEADLINE_SHARE * machine.pace_s))
+        assistants = {a.member.peer_id: a for a in machine.membership.assistants(now)}
+        drafted = draft(
+            [self._seat(member) for member in seated],
+            machine.layout,
+            machine.config,
+            machine.pace_s,
+            {
+                peer: Rate(up_bps=assist.up_bps, down_bps=assist.down_bps)
+                for peer, assist in assistants.items()
+            },
+        )
         self._send_plan(
             Plan(
                 height=machine.head.height,
@@ -331,29 +333,43 @@ class Leadership:
                 previous=machine.head.digest,
                 base=NO_DIGEST,
                 receivers=tuple(member.peer_id for member in seated),
-                contributions=contributions,
-                slices=share([everything], reducers),
+                contributions=drafted.contributions,
+                slices=drafted.slices,
                 kept=(),
-                numel=layout.numel,
-                chunk_elements=elements,
-                codec=config.codec,
-                exchange_s=exchange_s,
-                stall_s=exchange_s / STALLS,
+                assistants=tuple(assistants[peer].member for peer in drafted.assistants),
+                links=drafted.links,
+                expected_s=drafted.expected_s,
+                numel=machine.layout.numel,
+                chunk_elements=drafted.chunk_elements,
+                codec=machine.config.codec,
+                exchange_s=drafted.exchange_s,
+                stall_s=drafted.exchange_s / STALLS,
             ),
             now,
         )
 
+    def _seat(self, member: Member) -> Seat:
+        """What is known of a member; little, where it said it to an earlier leader."""
+        ready = self._readies.get(member.peer_id)
+        return Seat(
+            peer_id=member.peer_id,
+            can_reduce=member.can_reduce,
+            samples=ready.samples if ready is not None else 0,
+            rate=Rate(up_bps=ready.up_bps, down_bps=ready.down_bps) if ready else NO_RATE,
+            views=ready.views if ready is not None else (),
+        )
+
     def _send_plan(self, plan: Plan, now: float) -> None:
         self._follow(plan, now)
-        for peer in plan.receivers:
+        for peer in _partners(plan):
             self._machine.send(peer, plan)
 
     def _missing_more(self, now: float) -> bool:
         """Whether somebody whom the exchange waits for has fallen silent since the last look."""
         members = self._machine.membership
         # Also of those who have reported: others may still wait for them.
-        receivers = self._plan.receivers if self._plan is not None else ()
-        silent = {peer for peer in receivers if members.gone_for(peer, now) >= LOST_S}
+        partners = _partners(self._plan) if self._plan is not None else ()
+        silent = {peer for peer in partners if members.gone_for(peer, now) >= LOST_S}
         more = not silent <= self._lost
         self._lost |= silent
         return more
@@ -385,6 +401,7 @@ class Leadership:
         """
         machine = self._machine
         accused = self._accused(plan)
+        machine.membership.shun(accused | self._lost, now)
         survivors = tuple(peer for peer in plan.receivers if peer not in accused | self._lost)
         reducers = [m.peer_id for m in machine.head.roster if m.can_reduce]
         reducers = [peer for peer in survivors if peer in reducers]
@@ -395,7 +412,7 @@ class Leadership:
         found = {chunk for run in kept for chunk in range(run.start, run.stop)}
         missing = runs_of(chunk for chunk in range(plan.chunks) if chunk not in found)
         hopeless = missing and not (reducers and contributors)
-        if not survivors or hopeless or plan.attempt >= MAX_MENDS:
+        if not survivors or hopeless or plan.attempt >= MAX_MENDS or self._is_refused():
             # Where more than half are to blame, it is rather this leader's network.
             few = len(accused) < machine.head.majority
             self._regroup(now, without=accused if few else ())
@@ -407,11 +424,40 @@ class Leadership:
                 attempt=plan.attempt + 1,
                 base=self._plan_digest,
                 receivers=survivors,
-                slices=share(missing, reducers) if missing else (),
+                slices=self._divide_again(missing, survivors, reducers, contributors),
+                assistants=(),
+                links=(),
+                expected_s=0.0,
                 kept=kept,
             ),
             now,
         )
+
+    def _divide_again(
+        self,
+        missing: tuple[Run, ...],
+        survivors: tuple[str, ...],
+        reducers: list[str],
+        contributors: set[str],
+    ) -> tuple[Slice, ...]:
+        if not missing:
+            return ()
+        return divide_again(
+            [self._seat(member) for member in self._machine.head.roster],
+            missing,
+            receivers=survivors,
+            reducers=reducers,
+            contributors=contributors,
+        )
+
+    def _is_refused(self) -> bool:
+        """Whether most who reported have nothing and blame nobody.
+
+        The average leads to a state that is not finite, so they discarded their work with it and
+        follow no mend; or the network is too slow for any chunk to arrive, and a mend is no better.
+        """
+        empty = [r for r in self._reports.values() if not (r.complete or r.held or r.lost)]
+        return 2 * len(empty) > len(self._reports)
 
     def _accused(self, plan: Plan) -> set[str]:
         """Members that more than half of those who reported say broke off, and the silent."""
@@ -472,7 +518,7 @@ class Leadership:
                 plan=wire.plan_digest(plan),
                 vector_root=vector_root,
                 state_root=state_root,
-                samples=head.samples + sum(c.samples for c in contributions),
+                samples=samples_after(head.samples, contributions),
                 contributions=contributions,
                 roster=roster or head.roster,
             ),
@@ -543,6 +589,11 @@ class Leadership:
         return "provisional" if present and gone else None
 
 
+def _partners(plan: Plan) -> tuple[str, ...]:
+    """All who take part in an exchange."""
+    return (*plan.receivers, *(member.peer_id for member in plan.assistants))
+
+
 def _largest(votes: dict[str, K]) -> tuple[K, tuple[str, ...]] | None:
     """The value most peers name, and those peers; ties go to the value named first."""
     groups: dict[K, list[str]] = defaultdict(list)
@@ -566,6 +617,9 @@ def _kept(chunks: int, held: dict[str, tuple[Run, ...]]) -> tuple[Kept, ...]:
     for peers, same in itertools.groupby(holders):
         start, at = at, at + len(list(same))
         if peers:
-            kept.append(Kept(start=start, stop=at, holders=tuple(dict.fromkeys(peers))))
-    longest = sorted(kept, key=lambda run: run.start - run.stop)[:MAX_KEPT]
+            named = tuple(dict.fromkeys(peers))[:KEPT_HOLDERS]
+            kept.append(Kept(start=start, stop=at, holders=named))
+    kept.sort(key=lambda run: run.start - run.stop)
+    sizes = itertools.accumulate(16 + sum(len(h) + 2 for h in run.holders) for run in kept)
+    longest = [run for run, size in zip(kept, sizes, strict=True) if size <= KEPT_BYTES]
     return tuple(sorted(longest, key=lambda run: run.start))

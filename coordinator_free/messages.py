@@ -10,9 +10,11 @@ from __future__ import annotations
 import enum
 import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from coordinator_free.contact import Contact
+from dht.records import MAX_COUNT
 
 DIGEST_BYTES = 32
 MAX_MEMBERS = 4096
@@ -21,8 +23,11 @@ MAX_HOSTS_CHARACTERS = 512
 MAX_CERTIFICATES = 16
 MAX_CHUNKS = 2**20
 MAX_RUNS = 8192
+MAX_ASSISTANTS = 64
+WHOLE = 256  # parts of a contribution
 MAX_LEAVES = 64  # that one request names
 DIGESTS_A_FRAME = 1 << 15  # of leaves: 1 MiB
+MAX_SAMPLES = MAX_COUNT  # of a run: a peer's record must be able to say it
 U64_MAX = 2**64 - 1
 NO_DIGEST = bytes(DIGEST_BYTES)
 
@@ -101,13 +106,21 @@ class Member:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Contribution:
-    """One peer's part in an average; its weight is its share of the samples."""
+    """One peer's part in an average; its weight is its share of the samples.
+
+    Attributes:
+        omitted: so many `WHOLE`ths of its vector it does not send, as its link is too slow for all
+            of it (`planning.sent_by`).
+    """
 
     peer_id: str
     samples: int
+    omitted: int = 0
 
     def __post_init__(self) -> None:
         _peer("contribution", self.peer_id)
+        if not 0 <= self.omitted < WHOLE:
+            raise ValueError(f"a contribution that omits {self.omitted} parts of {WHOLE}")
         if not 1 <= self.samples <= 2**48:
             raise ValueError(f"{self.samples} samples are outside 1..2^48")
 
@@ -154,6 +167,20 @@ class Kept(Run):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class View:
+    """What somebody believes of a peer's links at most, in bytes per second."""
+
+    peer_id: str
+    up_bps: int
+    down_bps: int
+
+    def __post_init__(self) -> None:
+        _peer("view", self.peer_id)
+        _natural("up_bps", self.up_bps)
+        _natural("down_bps", self.down_bps)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """Who averages what with whom in one attempt at a round. The leader's word, sent to all.
 
@@ -164,6 +191,10 @@ class Plan:
 
     Attributes:
         attempt: 0, or one more than the base's.
+        assistants: peers without a seat that reduce, and how to reach them.
+        links: what the leader believes of the members' links, from which it worked out the rest;
+            empty where it knows too little.
+        expected_s: how long the exchange should take by that; 0 where it is not known.
         chunk_elements: the vector is cut into chunks of so many elements; the last may be shorter.
         exchange_s: deadline of the exchange.
         stall_s: a contributor that is silent for so long is left out of what it did not deliver.
@@ -179,6 +210,9 @@ class Plan:
     contributions: tuple[Contribution, ...]
     slices: tuple[Slice, ...]
     kept: tuple[Kept, ...]
+    assistants: tuple[Member, ...] = ()
+    links: tuple[View, ...] = ()
+    expected_s: float = 0.0
     numel: int
     chunk_elements: int
     codec: str
@@ -199,8 +233,12 @@ class Plan:
             raise ValueError("only a mend keeps chunks, and it names its base")
         if not mends and not {c.peer_id for c in self.contributions} <= set(self.receivers):
             raise ValueError("a plan contributes for peers that are not among its receivers")
-        if not {piece.reducer for piece in self.slices} <= set(self.receivers):
-            raise ValueError("a plan names a reducer that is not among its receivers")
+        assistants = tuple(member.peer_id for member in self.assistants)
+        _distinct("assistants", assistants)
+        if len(assistants) > MAX_ASSISTANTS or not {*assistants}.isdisjoint(self.receivers):
+            raise ValueError("a plan with too many assistants, or one that receives")
+        if not {piece.reducer for piece in self.slices} <= {*self.receivers, *assistants}:
+            raise ValueError("a plan names a reducer that it does not know")
         if not 1 <= self.chunk_elements <= 2**26 or not 1 <= self.numel <= 2**48:
             raise ValueError(f"{self.numel} elements in chunks of {self.chunk_elements}")
         if len(self.slices) + len(self.kept) > MAX_RUNS:
@@ -214,6 +252,9 @@ class Plan:
             raise ValueError(f"a plan covers {at} of {self.chunks} chunks")
         if not 1 <= len(self.codec) <= 32:
             raise ValueError("a plan needs a codec")
+        _distinct("links", tuple(link.peer_id for link in self.links))
+        if not (math.isfinite(self.expected_s) and 0 <= self.expected_s <= 1e9):
+            raise ValueError(f"expected_s {self.expected_s} is out of range")
         for name in ("exchange_s", "stall_s"):
             seconds = getattr(self, name)
             if not (math.isfinite(seconds) and 0 < seconds <= 86400):
@@ -230,7 +271,8 @@ class Outcome:
     """The value that a majority of the previous roster agrees on at one height.
 
     `vector_root` names the encoded bytes of the average, `state_root` the parameters and momentum
-    that result from applying them: who signs it has computed both.
+    that result from applying them: who signs it has computed both. `samples` is what
+    `samples_after` says, at most `MAX_SAMPLES`.
     """
 
     height: int
@@ -247,6 +289,8 @@ class Outcome:
     def __post_init__(self) -> None:
         for name in ("height", "round", "samples"):
             _natural(name, getattr(self, name))
+        if self.samples > MAX_SAMPLES:
+            raise ValueError(f"{self.samples} samples are more than a run can have")
         for name in ("previous", "plan", "vector_root", "state_root"):
             _digest(name, getattr(self, name))
         _distinct("contributions", tuple(c.peer_id for c in self.contributions))
@@ -254,6 +298,11 @@ class Outcome:
         _distinct("roster", peers)
         if not peers or list(peers) != sorted(peers):
             raise ValueError("a roster is a sorted list of at least one member")
+
+
+def samples_after(samples: int, contributions: Iterable[Contribution]) -> int:
+    """What a run has been trained on after this average; nobody's claim takes it past the bound."""
+    return min(MAX_SAMPLES, samples + sum(c.samples for c in contributions))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -314,14 +363,26 @@ class Lead(AtBallot):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ready(AtBallot):
-    """To the leader: my work of this round is done."""
+    """To the leader: my work of this round is done.
+
+    Attributes:
+        up_bps: what this member's uplink does, bytes per second; 0 if that is not known yet.
+        down_bps: the same of its downlink.
+        views: of members that were slower than they claimed (`bandwidth.Trust`).
+    """
 
     head: bytes
     samples: int
+    up_bps: int = 0
+    down_bps: int = 0
+    views: tuple[View, ...] = ()
 
     def __post_init__(self) -> None:
         AtBallot.__post_init__(self)
         _digest("head", self.head)
+        _natural("up_bps", self.up_bps)
+        _natural("down_bps", self.down_bps)
+        _distinct("views", tuple(view.peer_id for view in self.views))
         if not 0 <= self.samples <= 2**48:
             raise ValueError(f"{self.samples} samples are outside 0..2^48")
 
@@ -441,6 +502,24 @@ class Join:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Assist:
+    """I can reduce for you, without a seat: I have no model and no vote.
+
+    Attributes:
+        up_bps: what this peer's uplink does, bytes per second; 0 if that is not known yet.
+        down_bps: the same of its downlink.
+    """
+
+    member: Member
+    up_bps: int = 0
+    down_bps: int = 0
+
+    def __post_init__(self) -> None:
+        _natural("up_bps", self.up_bps)
+        _natural("down_bps", self.down_bps)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Leave:
     """Please go on without me; I answer until you have."""
 
@@ -489,6 +568,7 @@ Message = (
     | Refused
     | Commit
     | Join
+    | Assist
     | Leave
     | Hello
     | Heads

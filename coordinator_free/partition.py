@@ -1,7 +1,6 @@
-"""How a vector is cut into chunks, and who reduces which of them.
+"""How a vector is cut into chunks, and runs of chunks into equal parts.
 
-Today every reducer gets an equal share. The cut lies here, in pure functions, so that shares by
-measured bandwidth replace it without touching the round.
+Who reduces how much is decided in `planning`.
 """
 
 from __future__ import annotations
@@ -12,8 +11,7 @@ from coordinator_free.messages import Run, Slice
 
 # Every codec's block length divides this, so a chunk never splits a block.
 ALIGN_ELEMENTS = 1024
-CHUNK_BYTES = 1 << 20  # one message: enough for a stream's full speed, little enough to overlap
-CHUNKS_EACH = 4  # at least, of each reducer: sending, summing and sending back overlap
+CHUNK_BYTES = 1 << 21  # one message: what a message costs besides its bytes is little in this
 
 
 def largest_chunk(encoded_bytes: Callable[[int], int]) -> int:
@@ -25,15 +23,16 @@ def largest_chunk(encoded_bytes: Callable[[int], int]) -> int:
     return max(1, CHUNK_BYTES // encoded_bytes(ALIGN_ELEMENTS)) * ALIGN_ELEMENTS
 
 
-def chunk_elements(numel: int, reducers: int, largest: int) -> int:
+def chunk_elements(numel: int, reducers: int, largest: int, least: int) -> int:
     """The length of a chunk with which each reducer gets the same number of them.
 
     Args:
         numel: length of the vector, at least 1.
         reducers: how many share it.
         largest: no longer than this, a multiple of `ALIGN_ELEMENTS`.
+        least: so many chunks for each, if the vector is long enough.
     """
-    each = max(CHUNKS_EACH, -(-numel // (largest * reducers)))
+    each = max(least, -(-numel // (largest * reducers)))
     pieces = -(-numel // (ALIGN_ELEMENTS * reducers * each))
     return min(largest, pieces * ALIGN_ELEMENTS)
 
@@ -44,7 +43,7 @@ def chunk_span(index: int, elements: int, numel: int) -> tuple[int, int]:
 
 
 def share(runs: Iterable[Run], reducers: Sequence[str]) -> tuple[Slice, ...]:
-    """Divide runs of chunks among reducers, as evenly as whole chunks can be.
+    """Divide runs of chunks among peers, as evenly as whole chunks can be.
 
     Args:
         runs: without overlap, in order.
@@ -77,3 +76,10 @@ def runs_of(chunks: Iterable[int]) -> tuple[Run, ...]:
         else:
             runs.append([chunk, chunk + 1])
     return tuple(Run(start=start, stop=stop) for start, stop in runs)
+
+
+def within(runs: Iterable[Run], piece: Run) -> Sequence[int]:
+    """The numbers of the chunks of these runs that are in a piece, ascending."""
+    cut = [(max(run.start, piece.start), min(run.stop, piece.stop)) for run in runs]
+    spans = [range(start, stop) for start, stop in cut if start < stop]
+    return spans[0] if len(spans) == 1 else [chunk for span in spans for chunk in span]

@@ -12,21 +12,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
-
-import torch
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 
 from coordinator_free import failpoints
-from coordinator_free.average import Chunk, contributor_bits
+from coordinator_free.average import Chunk, ChunkStore, contributor_bits
 from coordinator_free.codecs import codec
+from coordinator_free.memory import empty_vector
 from coordinator_free.messages import Plan, Slice
-from coordinator_free.partition import chunk_span
 from dht.errors import RoundError
 
 logger = logging.getLogger(__name__)
 
 PAUSE_S = 1.0  # a time-out that is noticed so late was noticed by a process that stood still
-WINDOW = 4  # chunks of one contributor that wait for those of the others
+WINDOW = 2  # chunks of one contributor that wait for those of the others
+KEPT_FRAMES = 4  # reduced chunks as they travel: made once for all receivers that keep up
 
 
 class Reducer:
@@ -35,16 +35,27 @@ class Reducer:
     Args:
         plan: that the slice belongs to.
         piece: which chunks.
+        sent: by contributor, which of them it sends.
+        store: where reduced chunks go.
         compute: runs what takes longer than a moment.
     """
 
     def __init__(
-        self, plan: Plan, piece: Slice, compute: Callable[..., asyncio.Future[None]]
+        self,
+        plan: Plan,
+        piece: Slice,
+        sent: Mapping[str, Collection[int]],
+        store: ChunkStore,
+        compute: Callable[..., asyncio.Future[None]],
     ) -> None:
         self.piece = piece
         self._plan = plan
+        self._sent = sent
+        self._store = store
         self._compute = compute
         self._codec = codec(plan.codec)
+        self._sum_E = empty_vector(store.elements(piece.start))
+        self._frames: OrderedDict[int, bytes] = OrderedDict()
         self._queues: dict[str, asyncio.Queue[bytes | memoryview | None]] = {
             c.peer_id: asyncio.Queue(WINDOW) for c in plan.contributions
         }
@@ -58,11 +69,6 @@ class Reducer:
     def lost(self) -> frozenset[str]:
         """Contributors that did not deliver everything."""
         return frozenset(self._lost)
-
-    def elements(self, index: int) -> int:
-        """The length of a chunk of the plan."""
-        start, stop = chunk_span(index, self._plan.chunk_elements, self._plan.numel)
-        return stop - start
 
     async def put(self, peer: str, payload: bytes | memoryview) -> None:
         """The next chunk of a contributor; waits while it is too far ahead of the others."""
@@ -92,20 +98,28 @@ class Reducer:
             payloads = {}
             # One clock for all: contributors that stall together must not add up to the deadline.
             until = loop.time() + self._plan.stall_s
-            for contribution in self._plan.contributions:
-                payload = await self._next(contribution.peer_id, until)
+            due = [
+                contribution.peer_id
+                for contribution in self._plan.contributions
+                if index in self._sent[contribution.peer_id]
+            ]
+            for peer in due:
+                payload = await self._next(peer, until)
                 if payload is None and loop.time() > until + PAUSE_S:
                     # This process stood still, not the others: what they sent waits in its sockets.
                     until = loop.time() + self._plan.stall_s
-                    payload = await self._next(contribution.peer_id, until)
+                    payload = await self._next(peer, until)
                 if payload is not None:
-                    payloads[contribution.peer_id] = payload
-                else:
-                    self._leave_out(contribution.peer_id)
+                    payloads[peer] = payload
             if not payloads:
                 raise RoundError(self._plan.round, f"nobody contributed to chunk {index}")
             chunk: list[Chunk] = []
             await self._compute(self._reduce, index, payloads, chunk)
+            for peer in due:
+                if peer not in payloads:
+                    self._leave_out(peer)
+            if not chunk:
+                raise RoundError(self._plan.round, f"nothing sound was sent for chunk {index}")
             async with self._news:
                 self._reduced += chunk
                 self._news.notify_all()
@@ -133,28 +147,62 @@ class Reducer:
     def _reduce(
         self, index: int, payloads: dict[str, bytes | memoryview], out: list[Chunk]
     ) -> None:
-        """Weighted mean in the plan's order, each weight rounded to float32 once."""
+        """Weighted mean in the plan's order, each weight rounded to float32 once.
+
+        Args:
+            index: of the chunk.
+            payloads: by peer. Those that are not what the codec makes are taken out.
+            out: gets the chunk, if anything was sound.
+        """
+        while payloads:
+            broken = self._add_up(index, payloads)
+            if broken is None:
+                break
+            del payloads[broken]  # and once more without it: a sum cannot be taken back exactly
+        else:
+            return
+        elements, room = self._store.elements(index), self._store.room(index)
+        self._codec.encode(self._sum_E[:elements], room)
+        chunk = Chunk(index, elements, contributor_bits(self._plan, set(payloads)), room)
+        chunk.digest  # noqa: B018  here and not in the event loop
+        out.append(chunk)
+
+    def _add_up(self, index: int, payloads: dict[str, bytes | memoryview]) -> str | None:
+        """Whose payload is broken, or None, and then the sum is in place."""
         total = sum(c.samples for c in self._plan.contributions if c.peer_id in payloads)
-        elements = self.elements(index)
-        sum_E = torch.zeros(elements, dtype=torch.float32)
+        elements = self._store.elements(index)
+        sum_E = self._sum_E[:elements]
+        first = True
         for contribution in self._plan.contributions:
             payload = payloads.get(contribution.peer_id)
-            if payload is not None:
-                self._codec.decode_add(payload, elements, contribution.samples / total, sum_E)
-        out.append(
-            Chunk(
-                index=index,
-                elements=elements,
-                contributors=contributor_bits(self._plan, set(payloads)),
-                payload=self._codec.encode(sum_E),
-            )
-        )
+            if payload is None:
+                continue
+            weight = contribution.samples / total
+            try:
+                if first:
+                    self._codec.decode(payload, elements, sum_E, weight)
+                else:
+                    self._codec.decode_add(payload, elements, weight, sum_E)
+            except ValueError as error:
+                logger.warning("butterfly.nonsense peer=%s %s", contribution.peer_id, error)
+                return contribution.peer_id
+            first = False
+        return None
 
     async def abort(self) -> None:
         """No more chunks will come: whoever waits for one is told, unless it has them all."""
         async with self._news:
             self._aborted = True
             self._news.notify_all()
+
+    def frame(self, chunk: Chunk) -> bytes:
+        """A reduced chunk as it travels."""
+        frame = self._frames.get(chunk.index)
+        if frame is None:
+            frame = self._frames[chunk.index] = chunk.frame()
+            if len(self._frames) > KEPT_FRAMES:
+                self._frames.popitem(last=False)
+        return frame
 
     async def reduced(self) -> AsyncIterator[Chunk]:
         """Every reduced chunk, each as soon as it is there.

@@ -11,14 +11,13 @@ import threading
 from collections import OrderedDict, deque
 from dataclasses import dataclass
 
-import numpy as np
-import torch
 from blake3 import blake3
 from torch import Tensor
 
 from coordinator_free.average import Average
 from coordinator_free.chain import Chain
 from coordinator_free.config import KEPT_CANDIDATES
+from coordinator_free.memory import bytes_of, empty_vector
 from coordinator_free.messages import Certificate, Kind
 from coordinator_free.outer import NesterovOuter
 from coordinator_free.wire import tree_root
@@ -28,14 +27,9 @@ LEAF_ELEMENTS = 1 << 18  # 1 MiB of float32: one leaf of the hash tree, one fram
 # Encoded averages are kept for peers that missed rounds, as many as fit into the bytes of one
 # state: to replay more than that would cost more than to fetch the state. Those of the last rounds
 # always, for members that have to catch up before they can accept the next one.
-MIN_KEPT_AVERAGES = 4
+MIN_KEPT_AVERAGES = 2
 MAX_KEPT_AVERAGES = 64
 KEPT_CERTIFICATES = 2 * MAX_KEPT_AVERAGES  # some heights average nothing
-
-
-def bytes_of(vector: Tensor) -> memoryview:
-    """The memory of a float32 vector, shared."""
-    return vector.numpy().view(np.uint8).data
 
 
 def layout_leaf(layout: str) -> bytes:
@@ -146,11 +140,7 @@ class Replica:
         Raises:
             ValueError: it is not finite, so nobody should go there.
         """
-        base = self.state
-        theta_N, momentum_N = self._outer.preview(base.theta_N, base.momentum_N, average.values())
-        if not (torch.isfinite(theta_N).all() and torch.isfinite(momentum_N).all()):
-            raise ValueError("an average leads to a state that is not finite")
-        state = State(theta_N, momentum_N, state_root(self._layout, theta_N, momentum_N))
+        state = self._after(average)
         with self._lock:
             self._candidates[(average.root, state.root)] = state
             self._candidates.move_to_end((average.root, state.root))  # as the machine counts
@@ -160,6 +150,28 @@ class Replica:
                 self._candidates.popitem(last=False)
             self._forget_averages()
         return state.root
+
+    def _after(self, average: Average) -> State:
+        """The state that an average leads to, decoded and stepped chunk by chunk in the cache.
+
+        Raises:
+            ValueError: it is not finite, or the average is not of this length.
+        """
+        base, numel = self.state, self.numel
+        if average.numel != numel:
+            raise ValueError(f"an average of {average.numel} elements, not {numel}")
+        theta_N, momentum_N = empty_vector(numel), empty_vector(numel)
+        scratch_E = empty_vector(max(chunk.elements for chunk in average.chunks))
+        start = 0
+        for chunk in average.chunks:
+            span = slice(start, start + chunk.elements)
+            delta_E = scratch_E[: chunk.elements]
+            average.decode(chunk, delta_E)
+            out = theta_N[span], momentum_N[span]
+            if not self._outer.advance(base.theta_N[span], base.momentum_N[span], delta_E, out):
+                raise ValueError("an average leads to a state that is not finite")
+            start = span.stop
+        return State(theta_N, momentum_N, state_root(self._layout, theta_N, momentum_N))
 
     def average(self, root: bytes) -> Average | None:
         """A recent average, for peers that missed it."""

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from coordinator_free import certificates
 from coordinator_free.certificates import Signer
 from coordinator_free.machine import Machine
+from coordinator_free.membership import fitting
 from coordinator_free.messages import Certificate
 
 LOOK_S = 2.0  # how often a peer without a seat looks for others in its place
@@ -53,7 +54,8 @@ def revival(
         return None
     if any(members.gone_for(peer, now) < patience_s for peer in _leaders(machine)):
         return None
-    back = {member.peer_id: member for member in members.joiners(now)} | {me.peer_id: me}
+    roster = fitting((me, *members.joiners(now)))
+    back = [member.peer_id for member in roster]
     earlier = [
         peer for peer in back if peer < me.peer_id and certificates.has_vote(chain_end, peer)
     ]
@@ -62,7 +64,7 @@ def revival(
     return certificates.revive(
         machine.run_id,
         chain_end,
-        tuple(back[peer] for peer in sorted(back)),
+        roster,
         signer,
         gathering=machine.gathering,
     )

@@ -51,10 +51,12 @@ _ENVELOPE = {
     "refused": messages.Refused,
     "commit": messages.Commit,
     "join": messages.Join,
+    "assist": messages.Assist,
     "leave": messages.Leave,
     "hello": messages.Hello,
     "heads": messages.Heads,
 }
+_REPLIES = ("heads",)
 _ENVELOPE_NAME = {kind: name for name, kind in _ENVELOPE.items()}
 FetchRequest = FetchState | FetchOutcome | FetchChunks | FetchChain
 _FETCH: dict[str, type[FetchRequest]] = {
@@ -79,14 +81,21 @@ def encode(message: Message) -> bytes:
     return raw
 
 
-def decode(raw: bytes) -> Message:
+def decode(raw: bytes, *, reply: bool = True) -> Message:
     """The message in an Envelope's bytes.
+
+    Args:
+        raw: hostile bytes.
+        reply: whether they are an answer. What is only ever one is else refused by its name: to
+            read the largest takes a hundred times as long as to see what it is.
 
     Raises:
         ValueError: the bytes are not one well-formed message.
     """
     envelope = rounds_pb2.Envelope()
     name = _parse(envelope, raw, MAX_MESSAGE_BYTES, "message")
+    if not reply and name in _REPLIES:
+        raise ValueError(f"{name} that nobody asked for")
     message: Message = _read(_ENVELOPE[name], getattr(envelope, name))
     return message
 

@@ -35,12 +35,14 @@ class Member(_message.Message):
     def __init__(self, peer_id: _Optional[str] = ..., session: _Optional[int] = ..., hosts: _Optional[_Iterable[str]] = ..., port: _Optional[int] = ..., certificate_sha256: _Optional[bytes] = ..., can_reduce: _Optional[bool] = ...) -> None: ...
 
 class Contribution(_message.Message):
-    __slots__ = ("peer_id", "samples")
+    __slots__ = ("peer_id", "samples", "omitted")
     PEER_ID_FIELD_NUMBER: _ClassVar[int]
     SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    OMITTED_FIELD_NUMBER: _ClassVar[int]
     peer_id: str
     samples: int
-    def __init__(self, peer_id: _Optional[str] = ..., samples: _Optional[int] = ...) -> None: ...
+    omitted: int
+    def __init__(self, peer_id: _Optional[str] = ..., samples: _Optional[int] = ..., omitted: _Optional[int] = ...) -> None: ...
 
 class Run(_message.Message):
     __slots__ = ("start", "stop")
@@ -70,8 +72,18 @@ class Kept(_message.Message):
     holders: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, start: _Optional[int] = ..., stop: _Optional[int] = ..., holders: _Optional[_Iterable[str]] = ...) -> None: ...
 
+class View(_message.Message):
+    __slots__ = ("peer_id", "up_bps", "down_bps")
+    PEER_ID_FIELD_NUMBER: _ClassVar[int]
+    UP_BPS_FIELD_NUMBER: _ClassVar[int]
+    DOWN_BPS_FIELD_NUMBER: _ClassVar[int]
+    peer_id: str
+    up_bps: int
+    down_bps: int
+    def __init__(self, peer_id: _Optional[str] = ..., up_bps: _Optional[int] = ..., down_bps: _Optional[int] = ...) -> None: ...
+
 class Plan(_message.Message):
-    __slots__ = ("height", "round", "ballot", "attempt", "previous", "base", "receivers", "contributions", "slices", "kept", "numel", "chunk_elements", "codec", "exchange_s", "stall_s")
+    __slots__ = ("height", "round", "ballot", "attempt", "previous", "base", "receivers", "contributions", "slices", "kept", "numel", "chunk_elements", "codec", "exchange_s", "stall_s", "links", "expected_s", "assistants")
     HEIGHT_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     BALLOT_FIELD_NUMBER: _ClassVar[int]
@@ -87,6 +99,9 @@ class Plan(_message.Message):
     CODEC_FIELD_NUMBER: _ClassVar[int]
     EXCHANGE_S_FIELD_NUMBER: _ClassVar[int]
     STALL_S_FIELD_NUMBER: _ClassVar[int]
+    LINKS_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_S_FIELD_NUMBER: _ClassVar[int]
+    ASSISTANTS_FIELD_NUMBER: _ClassVar[int]
     height: int
     round: int
     ballot: int
@@ -102,7 +117,10 @@ class Plan(_message.Message):
     codec: str
     exchange_s: float
     stall_s: float
-    def __init__(self, height: _Optional[int] = ..., round: _Optional[int] = ..., ballot: _Optional[int] = ..., attempt: _Optional[int] = ..., previous: _Optional[bytes] = ..., base: _Optional[bytes] = ..., receivers: _Optional[_Iterable[str]] = ..., contributions: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ..., slices: _Optional[_Iterable[_Union[Slice, _Mapping]]] = ..., kept: _Optional[_Iterable[_Union[Kept, _Mapping]]] = ..., numel: _Optional[int] = ..., chunk_elements: _Optional[int] = ..., codec: _Optional[str] = ..., exchange_s: _Optional[float] = ..., stall_s: _Optional[float] = ...) -> None: ...
+    links: _containers.RepeatedCompositeFieldContainer[View]
+    expected_s: float
+    assistants: _containers.RepeatedCompositeFieldContainer[Member]
+    def __init__(self, height: _Optional[int] = ..., round: _Optional[int] = ..., ballot: _Optional[int] = ..., attempt: _Optional[int] = ..., previous: _Optional[bytes] = ..., base: _Optional[bytes] = ..., receivers: _Optional[_Iterable[str]] = ..., contributions: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ..., slices: _Optional[_Iterable[_Union[Slice, _Mapping]]] = ..., kept: _Optional[_Iterable[_Union[Kept, _Mapping]]] = ..., numel: _Optional[int] = ..., chunk_elements: _Optional[int] = ..., codec: _Optional[str] = ..., exchange_s: _Optional[float] = ..., stall_s: _Optional[float] = ..., links: _Optional[_Iterable[_Union[View, _Mapping]]] = ..., expected_s: _Optional[float] = ..., assistants: _Optional[_Iterable[_Union[Member, _Mapping]]] = ...) -> None: ...
 
 class Outcome(_message.Message):
     __slots__ = ("height", "round", "kind", "previous", "plan", "vector_root", "state_root", "samples", "contributions", "roster")
@@ -161,16 +179,22 @@ class Lead(_message.Message):
     def __init__(self, height: _Optional[int] = ..., ballot: _Optional[int] = ..., closing: _Optional[bool] = ..., lost: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Ready(_message.Message):
-    __slots__ = ("height", "ballot", "head", "samples")
+    __slots__ = ("height", "ballot", "head", "samples", "up_bps", "down_bps", "views")
     HEIGHT_FIELD_NUMBER: _ClassVar[int]
     BALLOT_FIELD_NUMBER: _ClassVar[int]
     HEAD_FIELD_NUMBER: _ClassVar[int]
     SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    UP_BPS_FIELD_NUMBER: _ClassVar[int]
+    DOWN_BPS_FIELD_NUMBER: _ClassVar[int]
+    VIEWS_FIELD_NUMBER: _ClassVar[int]
     height: int
     ballot: int
     head: bytes
     samples: int
-    def __init__(self, height: _Optional[int] = ..., ballot: _Optional[int] = ..., head: _Optional[bytes] = ..., samples: _Optional[int] = ...) -> None: ...
+    up_bps: int
+    down_bps: int
+    views: _containers.RepeatedCompositeFieldContainer[View]
+    def __init__(self, height: _Optional[int] = ..., ballot: _Optional[int] = ..., head: _Optional[bytes] = ..., samples: _Optional[int] = ..., up_bps: _Optional[int] = ..., down_bps: _Optional[int] = ..., views: _Optional[_Iterable[_Union[View, _Mapping]]] = ...) -> None: ...
 
 class Prepare(_message.Message):
     __slots__ = ("height", "ballot")
@@ -274,6 +298,16 @@ class Leave(_message.Message):
     height: int
     def __init__(self, height: _Optional[int] = ...) -> None: ...
 
+class Assist(_message.Message):
+    __slots__ = ("member", "up_bps", "down_bps")
+    MEMBER_FIELD_NUMBER: _ClassVar[int]
+    UP_BPS_FIELD_NUMBER: _ClassVar[int]
+    DOWN_BPS_FIELD_NUMBER: _ClassVar[int]
+    member: Member
+    up_bps: int
+    down_bps: int
+    def __init__(self, member: _Optional[_Union[Member, _Mapping]] = ..., up_bps: _Optional[int] = ..., down_bps: _Optional[int] = ...) -> None: ...
+
 class Hello(_message.Message):
     __slots__ = ("height",)
     HEIGHT_FIELD_NUMBER: _ClassVar[int]
@@ -287,7 +321,7 @@ class Heads(_message.Message):
     def __init__(self, certificates: _Optional[_Iterable[_Union[Certificate, _Mapping]]] = ...) -> None: ...
 
 class Envelope(_message.Message):
-    __slots__ = ("lead", "ready", "prepare", "promise", "plan", "report", "propose", "accepted", "refused", "commit", "join", "leave", "hello", "heads")
+    __slots__ = ("lead", "ready", "prepare", "promise", "plan", "report", "propose", "accepted", "refused", "commit", "join", "leave", "hello", "heads", "assist")
     LEAD_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     PREPARE_FIELD_NUMBER: _ClassVar[int]
@@ -302,6 +336,7 @@ class Envelope(_message.Message):
     LEAVE_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     HEADS_FIELD_NUMBER: _ClassVar[int]
+    ASSIST_FIELD_NUMBER: _ClassVar[int]
     lead: Lead
     ready: Ready
     prepare: Prepare
@@ -316,7 +351,8 @@ class Envelope(_message.Message):
     leave: Leave
     hello: Hello
     heads: Heads
-    def __init__(self, lead: _Optional[_Union[Lead, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., prepare: _Optional[_Union[Prepare, _Mapping]] = ..., promise: _Optional[_Union[Promise, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., report: _Optional[_Union[Report, _Mapping]] = ..., propose: _Optional[_Union[Propose, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., join: _Optional[_Union[Join, _Mapping]] = ..., leave: _Optional[_Union[Leave, _Mapping]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., heads: _Optional[_Union[Heads, _Mapping]] = ...) -> None: ...
+    assist: Assist
+    def __init__(self, lead: _Optional[_Union[Lead, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., prepare: _Optional[_Union[Prepare, _Mapping]] = ..., promise: _Optional[_Union[Promise, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., report: _Optional[_Union[Report, _Mapping]] = ..., propose: _Optional[_Union[Propose, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., join: _Optional[_Union[Join, _Mapping]] = ..., leave: _Optional[_Union[Leave, _Mapping]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., heads: _Optional[_Union[Heads, _Mapping]] = ..., assist: _Optional[_Union[Assist, _Mapping]] = ...) -> None: ...
 
 class FetchState(_message.Message):
     __slots__ = ("state_root", "leaves")

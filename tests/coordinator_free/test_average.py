@@ -81,7 +81,7 @@ def test_a_digest_changes_with_everything_in_a_chunk() -> None:
         Chunk(1, 2, b"\x01", b"\0\0\0\1"),
         Chunk(1, 2, b"\x01\0", b"\0\0\0"),  # the same bytes, cut elsewhere
     ]
-    assert len({chunk.digest() for chunk in chunks}) == len(chunks)
+    assert len({chunk.digest for chunk in chunks}) == len(chunks)
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16", "int8", "int4"])

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from coordinator_free.average import Average, Chunk, contributor_bits
+from coordinator_free.average import Average, Chunk, ChunkStore, contributor_bits
 from coordinator_free.butterfly import PATIENCE, Butterfly, ExchangeFailed
 from coordinator_free.codecs import codec
 from coordinator_free.messages import (
@@ -482,7 +482,11 @@ def test_a_chunk_that_arrives_as_patience_ends_is_not_taken_for_the_next_one() -
             [unpack_frame(f)[1] for f in contributed(plan, 0, values[name])] for name in values
         ]
         reducer = Reducer(
-            plan, plan.slices[0], lambda work, *args: loop.run_in_executor(Inline(), work, *args)
+            plan,
+            plan.slices[0],
+            {name: range(plan.chunks) for name in ("a", "b")},
+            ChunkStore(codec(plan.codec), plan.numel, plan.chunk_elements),
+            lambda work, *args: loop.run_in_executor(Inline(), work, *args),
         )
         for payload in payloads[0]:
             await reducer.put("a", payload)
@@ -587,7 +591,11 @@ def test_a_contributor_far_ahead_of_the_others_has_to_wait() -> None:
         plan = make_plan({"a": 1, "b": 1}, 10 * CHUNK, reducers=("a",))
         loop = asyncio.get_running_loop()
         reducer = Reducer(
-            plan, plan.slices[0], lambda work, *args: loop.run_in_executor(None, work, *args)
+            plan,
+            plan.slices[0],
+            {name: range(plan.chunks) for name in ("a", "b")},
+            ChunkStore(codec(plan.codec), plan.numel, plan.chunk_elements),
+            lambda work, *args: loop.run_in_executor(None, work, *args),
         )
         for _ in range(WINDOW):
             await asyncio.wait_for(reducer.put("b", FINE), 1)
@@ -964,7 +972,11 @@ def test_a_reducer_that_stood_still_does_not_blame_the_others() -> None:
         plan = make_plan({"a": 1, "b": 1}, 2 * CHUNK, reducers=("a",))
         values = vectors(("a", "b"), plan.numel)
         reducer = Reducer(
-            plan, plan.slices[0], lambda work, *args: loop.run_in_executor(Inline(), work, *args)
+            plan,
+            plan.slices[0],
+            {name: range(plan.chunks) for name in ("a", "b")},
+            ChunkStore(codec(plan.codec), plan.numel, plan.chunk_elements),
+            lambda work, *args: loop.run_in_executor(Inline(), work, *args),
         )
         payloads = {n: [unpack_frame(f)[1] for f in contributed(plan, 0, values[n])] for n in "ab"}
         running = asyncio.create_task(reducer.run())

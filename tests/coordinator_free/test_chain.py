@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 from coordinator_free import wire
 from coordinator_free.certificates import ACCEPT_DOMAIN, found, signed_text
 from coordinator_free.chain import MAX_CHAIN_BYTES, MAX_LINKS, Chain
-from coordinator_free.messages import NO_DIGEST, Certificate, Kind, Member, Outcome, Signature
+from coordinator_free.messages import (
+    MAX_SAMPLES,
+    NO_DIGEST,
+    Certificate,
+    Contribution,
+    Kind,
+    Member,
+    Outcome,
+    Signature,
+    samples_after,
+)
 from tests.sim.world import RUN, Key, check
 
 
@@ -48,6 +58,7 @@ def after(
 ) -> Certificate:
     """What a swarm decides next: `roster` is the next one, `signers` are of the one before."""
     old = before.outcome
+    contributions = (Contribution(peer_id=old.roster[0].peer_id, samples=10),)
     outcome = Outcome(
         height=old.height + 1,
         round=old.round + 1,
@@ -56,8 +67,8 @@ def after(
         plan=NO_DIGEST,
         vector_root=NO_DIGEST,
         state_root=blake3(old.state_root + seed).digest(),
-        samples=old.samples + 10,
-        contributions=(),
+        samples=samples_after(old.samples, contributions),
+        contributions=contributions,
         roster=tuple(seat(name) for name in sorted(roster)),
     )
     return signed(outcome, signers, provisional=provisional)
@@ -119,6 +130,16 @@ def changed(certificate: Certificate, **changes: object) -> Certificate:
     return dataclasses.replace(certificate, outcome=outcome)
 
 
+def void(before: Certificate, **changes: object) -> Certificate:
+    """A regroup, with something else changed as well."""
+    old = before.outcome
+    same = {"round": old.round, "samples": old.samples, "state_root": old.state_root}
+    outcome = dataclasses.replace(
+        after(before, "abc", "abc").outcome, kind=Kind.REGROUP, contributions=(), **same
+    )
+    return signed(dataclasses.replace(outcome, **changes), "abc")
+
+
 LIES = {
     "nothing": (),
     "no beginning": (NEXT, THIRD),
@@ -152,6 +173,28 @@ LIES = {
     "backwards": (FIRST, NEXT, THIRD, NEXT),
     "the same again": (FIRST, NEXT, NEXT),
     "fewer samples": (FIRST, NEXT, signed(changed(THIRD, samples=0).outcome, "abc")),
+    "samples that nobody contributed": (
+        FIRST,
+        NEXT,
+        signed(changed(THIRD, samples=10**9).outcome, "abc"),
+    ),
+    "samples of one who says that the others were gone": (
+        FIRST,
+        NEXT,
+        signed(changed(THIRD, samples=MAX_SAMPLES).outcome, "a", provisional=True),
+    ),
+    "work of strangers": (
+        FIRST,
+        NEXT,
+        signed(
+            changed(THIRD, contributions=(Contribution(peer_id="x", samples=10),)).outcome, "abc"
+        ),
+    ),
+    "a round that nobody averaged": (FIRST, NEXT, signed(changed(THIRD, round=3).outcome, "abc")),
+    "the same round again": (FIRST, NEXT, signed(changed(THIRD, round=1).outcome, "abc")),
+    "a roster's change with samples": (FIRST, NEXT, void(NEXT, samples=30)),
+    "a roster's change of the round": (FIRST, NEXT, void(NEXT, round=2)),
+    "a roster's change of the state": (FIRST, NEXT, void(NEXT, state_root=NO_DIGEST)),
     "another branch's": (FIRST, NEXT, after(after(FIRST, "abc", "a", seed=b"x"), "abc", "a")),
 }
 
@@ -160,6 +203,26 @@ LIES = {
 def test_a_chain_that_does_not_prove_its_end_is_refused(links: tuple[Certificate, ...]) -> None:
     with pytest.raises(ValueError, match="chain"):
         verified(*links)
+
+
+@pytest.mark.parametrize("kind", [Kind.REGROUP, Kind.GATHER])
+def test_a_decree_that_changes_only_the_roster_is_a_link(kind: Kind) -> None:
+    regrouped = void(NEXT, kind=kind)
+    assert verified(FIRST, NEXT, regrouped, after(regrouped, "abc", "ab"))
+
+
+def test_samples_end_at_the_bound_of_a_run() -> None:
+    def full(before: Certificate) -> Certificate:
+        roster = before.outcome.roster
+        most = tuple(Contribution(peer_id=m.peer_id, samples=2**48) for m in roster)
+        total = samples_after(before.outcome.samples, most)
+        outcome = changed(after(before, "abc", ""), samples=total, contributions=most).outcome
+        return signed(outcome, "abc", provisional=True)
+
+    many = after(FIRST, "".join(map(chr, range(0x21, 0x7F))), "a")
+    last = full(full(many))
+    assert last.outcome.samples == MAX_SAMPLES
+    assert verified(FIRST, many, full(many), last)
 
 
 def test_a_majority_of_an_old_roster_proves_what_is_later() -> None:

@@ -56,7 +56,7 @@ class Trainer:
 
     def submits(self, samples: int = 7) -> Future[RoundResult]:
         """A submission that has reached the point where it waits."""
-        future = self.does(lambda: self.handoff.submit(LOCAL_N, samples, self._notify))
+        future = self.does(lambda: self.handoff.submit(LOCAL_N.clone(), samples, self._notify))
         assert self.submitted.wait(WAIT_S)
         return future
 
@@ -123,7 +123,7 @@ def test_work_that_was_superseded_before_it_was_handed_in_is_void(trainer: Train
     handoff.next()
     handoff.assign(work(6))
     with pytest.raises(RoundError):
-        handoff.submit(LOCAL_N, 7, trainer._notify)
+        handoff.submit(LOCAL_N.clone(), 7, trainer._notify)
     assert trainer.told == []
     assert handoff.pseudo_gradient(6) is None
 
@@ -134,7 +134,7 @@ def test_a_late_submission_gets_the_committed_result(trainer: Trainer) -> None:
     handoff.next()
     handoff.resolve(result(4))
     assert given.closing.is_set()
-    late = handoff.submit(LOCAL_N, 9, trainer._notify)
+    late = handoff.submit(LOCAL_N.clone(), 9, trainer._notify)
     assert (late.round, late.samples) == (4, 9)
     assert trainer.told == []  # the swarm did not wait, and gets nothing
     handoff.assign(work(5))
@@ -181,7 +181,7 @@ def test_nothing_begins_after_the_end(trainer: Trainer) -> None:
     handoff.close()
     assert handoff.next() is None
     with pytest.raises(SessionClosed):
-        handoff.submit(LOCAL_N, 7, trainer._notify)
+        handoff.submit(LOCAL_N.clone(), 7, trainer._notify)
 
 
 def test_work_is_handed_out_once_and_not_when_its_round_is_over(trainer: Trainer) -> None:
@@ -244,3 +244,14 @@ def test_only_work_that_missed_the_round_before_is_carried_over(trainer: Trainer
     trainer.submits(samples=30)
     assert trainer.told[-1] == (round, 30)
     assert torch.equal(handoff.pseudo_gradient(round), THETA_N - LOCAL_N)
+
+
+def test_work_that_changed_nothing_leaves_the_parameters_of_all_alone(trainer: Trainer) -> None:
+    handoff = trainer.handoff
+    handoff.assign(work(4))
+    given = trainer.does(handoff.next).result(WAIT_S)
+    before = given.theta_N.clone()
+    trainer.does(lambda: handoff.submit(given.theta_N, 7, trainer._notify))
+    assert trainer.submitted.wait(WAIT_S)
+    assert torch.equal(given.theta_N, before)
+    assert not handoff.pseudo_gradient(4).any()

@@ -8,12 +8,15 @@ from typing import Any, TypeVar
 import pytest
 from blake3 import blake3
 
-from coordinator_free import certificates, messages, wire
+from coordinator_free import certificates, leadership, messages, wire
 from coordinator_free.certificates import ACCEPT_DOMAIN, Head, found, signed_text
 from coordinator_free.config import Layout, RoundConfig
-from coordinator_free.leadership import LOST_S
+from coordinator_free.leadership import KEPT_BYTES, LOST_S
 from coordinator_free.machine import (
+    ANSWERS,
     BEHIND_S,
+    EARLY_BYTES,
+    PAUSE_S,
     Action,
     Apply,
     CatchUp,
@@ -560,13 +563,12 @@ def test_a_member_follows_a_mend_and_never_goes_back() -> None:
 
 
 def test_what_cannot_be_mended_is_tried_again_without_the_accused() -> None:
-    leader = averaging()
-    plan = leader.plan(contributions=(Contribution(peer_id=L4, samples=10),))
     # Only L4 had anything to contribute, and it is gone.
     leader = Rig(L0)
     leader.machine.work_done(ROUND, 0, leader.now)
     for peer in (L1, L2, L3, L4):
-        leader.hears(peer, leader.ready(samples=10 if peer == L4 else 0))
+        actions = leader.hears(peer, leader.ready(samples=10 if peer == L4 else 0))
+    plan = sent(Plan, actions)[0][1]
     leader.machine.exchange_failed(wire.plan_digest(plan), (L4,), (), leader.now)
     leader.machine.undeliverable(L4, leader.now)
     for peer in (L1, L2):
@@ -893,11 +895,39 @@ def test_only_the_leader_of_a_ballot_is_heard_in_it() -> None:
     assert member.machine.ballot == 0
 
 
-def test_ballots_that_nobody_reaches_by_taking_turns_are_ignored() -> None:
+def test_nobody_is_driven_further_in_a_second_than_turns_go() -> None:
+    """A hostile member's few messages took one to ballots where the others never heard it again."""
     member = Rig(L4)
-    ballot = 5 * 10**6  # of L0
-    assert member.hears(L0, Prepare(height=HEIGHT, ballot=ballot)) == []
-    assert member.machine.ballot == 0
+    for turn in range(1, 50):
+        member.hears(L0, Prepare(height=HEIGHT, ballot=5 * turn))
+    assert member.machine.ballot == 4 * 5
+    member.passes(1.0)
+    member.hears(L0, Prepare(height=HEIGHT, ballot=8 * 5))
+    assert member.machine.ballot == 8 * 5
+
+
+@pytest.mark.parametrize("ballot", [21, 5 * 10**6])
+def test_who_hears_of_a_ballot_out_of_reach_goes_to_the_last_of_its_turns_on_the_way(
+    ballot: int,
+) -> None:
+    leader = [L0, L1, L2, L3, L4][ballot % 5]
+    member = Rig(L4)
+    assert sent(Promise, member.hears(leader, Prepare(height=HEIGHT, ballot=ballot))) == []
+    assert (member.machine.ballot, member.machine.leader) == (19, L4)
+    client = Rig(L4, cannot_reduce=L4)
+    client.hears(client.machine.leader, Prepare(height=HEIGHT, ballot=4 * 10**6))
+    assert client.machine.ballot == 16  # of four who can lead
+
+
+def test_two_that_are_far_apart_meet() -> None:
+    """One was driven on for a minute; the other learns of it by a refusal of its own turn."""
+    behind = Rig(L0)
+    for _ in range(60):
+        refused = Refused(height=HEIGHT, ballot=behind.machine.ballot, promised=60 * 20 + 1)
+        behind.hears(L3, refused)
+        behind.passes(1.0)
+    behind.hears(L1, Prepare(height=HEIGHT, ballot=60 * 20 + 1))
+    assert behind.machine.ballot == 60 * 20 + 1
 
 
 # -- plans ------------------------------------------------------------------------------------
@@ -930,8 +960,16 @@ def test_a_sound_plan_is_followed_once() -> None:
         {"numel": LAYOUT.numel - 1024, "slices": share([Run(start=0, stop=39)], FIVE)},
         {"chunk_elements": 2048, "slices": share([Run(start=0, stop=20)], FIVE)},
         {"chunk_elements": 1001},
-        {"exchange_s": 60.1},
+        {"exchange_s": 601.0, "stall_s": 601.0 / 5},
+        {"exchange_s": 14.9, "stall_s": 14.9 / 5},
         {"stall_s": 60.1},
+        {"stall_s": 1e-9},
+        {"stall_s": 11.9},
+        {
+            "attempt": 9,
+            "base": blake3(b"base").digest(),
+            "slices": share([Run(start=0, stop=CHUNKS)], FIVE),
+        },
         {
             "attempt": 1,
             "base": blake3(b"base").digest(),
@@ -947,6 +985,16 @@ def test_a_plan_that_does_not_fit_is_not_followed(changes: dict[str, Any]) -> No
     actions = member.hears(L0, member.plan(**changes))
     assert actions == []
     assert sent(Report, member.passes(2.0)) == []
+
+
+def test_who_cannot_be_dialled_reduces_in_no_plan() -> None:
+    member = Rig(L1, cannot_reduce=L3)
+    member.works()
+    leader = member.machine.leader
+    assert member.hears(leader, member.plan()) == []
+    able = tuple(peer for peer in FIVE if peer != L3)
+    plan = member.plan(slices=share([Run(start=0, stop=CHUNKS)], able))
+    assert of(StartExchange, member.hears(leader, plan))
 
 
 def test_nobody_contributes_what_it_has_not_done() -> None:
@@ -1059,7 +1107,10 @@ def test_a_commit_is_applied_once_its_average_is_held() -> None:
     member = Rig(L1)
     outcome = member.average()
     actions = member.hears(L0, commit(signed(outcome, "abc"), holders=("c",)))
-    assert of(Fetch, actions) == [Fetch(outcome=outcome, holders=("c",))]
+    (fetch,) = of(Fetch, actions)
+    assert fetch.outcome == outcome
+    assert fetch.holders[0] == "c"
+    assert set(fetch.holders) == set("abc") - {L1}  # who signed it had it
     assert of(Apply, actions) == []
     actions = member.machine.fetched(outcome, True, member.now)
     assert of(Apply, actions) == [Apply(certificate=signed(outcome, "abc"))]
@@ -1132,7 +1183,412 @@ def test_work_that_is_done_is_said_again_every_second() -> None:
     assert len(sent(Ready, member.passes(3.0))) == 3
 
 
+# -- a decree whose average is not here -------------------------------------------------------
+
+
+def pending(me: str = L3, *, provisional: bool = False) -> tuple[Rig, Certificate]:
+    """A member that knows what L0, L1 and L2 decided, and has not got the average."""
+    member = Rig(me)
+    signers = "".join(sorted((L0, L1, L2)[: 2 if provisional else 3]))
+    certificate = signed(member.average(), signers, provisional=provisional)
+    if provisional:
+        member.passes(CONFIG.provisional_s + 1)  # nobody leads it
+        assert member.machine.leader != me
+    assert of(Fetch, member.hears(L0, commit(certificate, holders=(L0,))))
+    member.machine.fetched(certificate.outcome, False, member.now)
+    return member, certificate
+
+
+def lose(member: Rig, *peers: str) -> list[Action]:
+    """These cannot be reached, for so long that others may go on without them."""
+    actions = []
+    for _ in range(round(4 * CONFIG.provisional_s) + 4):
+        for peer in peers:
+            actions += member.machine.undeliverable(peer, member.now)
+        actions += member.passes(0.25)
+    return actions
+
+
+def test_who_has_a_decided_average_is_spoken_to_in_turn() -> None:
+    """Else nobody notices that they are dead."""
+    member, certificate = pending()
+    told = sent(Commit, member.passes(6.0))
+    assert [to for to, _ in told] == 2 * [to for to, _ in told[:3]]
+    assert {to for to, _ in told} == {L0, L1, L2}
+    assert {commit.certificate for _, commit in told} == {certificate}
+
+
+def test_nothing_else_is_signed_while_one_lives_who_has_what_was_decided() -> None:
+    member, certificate = pending()
+    lose(member, L0, L1)
+    ballot = member.machine.ballot
+    leader = order(FIVE)[ballot % 5]
+    other = member.regroup()
+    assert sent(Accepted, member.hears(leader, propose(other, ballot, holders=()))) == []
+    alone = signed(other, "".join(sorted((L3, L4))), provisional=True)
+    assert of(Apply, member.hears(L4, commit(alone, holders=(L4,)))) == []
+    assert of(Apply, member.machine.fetched(certificate.outcome, True, member.now))
+
+
+def test_when_all_are_gone_who_had_what_was_decided_the_others_go_on() -> None:
+    member, _ = pending()
+    leads = sent(Prepare, lose(member, L0, L1, L2))
+    assert leads
+    ballot = member.machine.ballot
+    assert member.machine.leader == L3
+    member.hears(L4, member.promise(ballot))
+    outcome = member.regroup(*map(seat, sorted((L3, L4))))
+    member.works()
+    actions = member.passes(1.0)
+    proposed = sent(Propose, actions)[0][1].outcome
+    assert proposed == outcome
+    text = signed_text(RUN, ballot, outcome)
+    accepted = Accepted(
+        height=HEIGHT,
+        ballot=ballot,
+        outcome=wire.outcome_digest(outcome),
+        signature=Key(L4).sign(ACCEPT_DOMAIN, text),
+    )
+    (applied,) = of(Apply, member.hears(L4, accepted))
+    assert applied.certificate.provisional
+
+
+def test_what_others_decided_without_those_who_are_gone_is_believed_by_who_signed_it() -> None:
+    member, _ = pending(L4)
+    lose(member, L0, L1, L2)
+    ballot = 8
+    assert sent(Promise, member.hears(L3, Prepare(height=HEIGHT, ballot=ballot)))
+    outcome = member.regroup()
+    assert sent(Accepted, member.hears(L3, propose(outcome, ballot, holders=())))
+    both = signed(outcome, "".join(sorted((L3, L4))), ballot, provisional=True)
+    assert of(Apply, member.hears(L3, commit(both)))
+
+
+def test_the_leader_of_a_decree_that_it_cannot_get_leads_again() -> None:
+    leader = Rig(L0)
+    leader.works()
+    for peer in (L1, L2, L3, L4):
+        leader.hears(peer, leader.ready())
+    outcome = leader.average()
+    plan = leader.plan()
+    leader.machine.exchange_failed(wire.plan_digest(plan), (), runs_of(range(4)), leader.now)
+    report = dataclasses.replace(
+        incomplete(plan),
+        complete=True,
+        vector_root=outcome.vector_root,
+        state_root=outcome.state_root,
+    )
+    for peer in (L1, L2, L3):
+        leader.hears(peer, report)
+    text = signed_text(RUN, 0, outcome)
+    for peer in (L1, L2, L3):
+        accepted = Accepted(
+            height=HEIGHT,
+            ballot=0,
+            outcome=wire.outcome_digest(outcome),
+            signature=Key(peer).sign(ACCEPT_DOMAIN, text),
+        )
+        actions = leader.hears(peer, accepted)
+    assert sent(Commit, actions)
+    assert of(Apply, actions) == []
+    leader.machine.fetched(outcome, False, leader.now)
+    assert sent(Prepare, leader.passes(5.0)) == []
+    lose(leader, L1, L2, L3)
+    assert (leader.machine.ballot, leader.machine.leader) == (5, L0)
+    assert {to for to, _ in sent(Prepare, leader.passes(1.0))} == set(FIVE) - {L0}
+
+
+def test_a_provisional_decree_that_is_not_here_keeps_nobody_from_voting() -> None:
+    member, certificate = pending(provisional=True)
+    ballot = member.machine.ballot
+    accepted = sent(
+        Accepted, member.hears(member.machine.leader, propose(member.regroup(), ballot))
+    )
+    assert accepted
+    assert of(Apply, member.machine.fetched(certificate.outcome, True, member.now))
+
+
+def test_news_of_holders_adds_to_what_is_known_of_them() -> None:
+    """Anybody can repeat a true certificate, and name whom it likes."""
+    member, certificate = pending()
+    bogus = tuple(f"bogus{number}" for number in range(100))
+    for sender, holders in (("x", bogus), (L4, (*bogus, L4)), ("x", ())):
+        member.hears(sender, commit(certificate, holders=holders))
+        member.machine.fetched(certificate.outcome, False, member.now)
+    (fetch,) = of(Fetch, member.passes(1.25))
+    assert set(fetch.holders) == {L0, L1, L2, L4}
+    for name in bogus:
+        member.hears(name, Join(member=seat(name), height=HEIGHT))
+    member.hears("x", commit(certificate, holders=bogus))
+    member.machine.fetched(certificate.outcome, False, member.now)
+    member.machine.undeliverable(L0, member.now)
+    (fetch,) = of(Fetch, member.passes(1.25))
+    assert fetch.holders[-1] == L0  # who is down is asked last
+    assert set(fetch.holders[:3]) == {L1, L2, L4}
+    assert len(fetch.holders) < 20
+
+
+def test_a_provisional_decree_is_followed_where_nothing_can_be_decided_without_its_signers() -> (
+    None
+):
+    two = order("ab")
+    leader = Rig(two[0], "ab")
+    alone = signed(leader.regroup(seat(two[1])), two[1], provisional=True)
+    assert of(Apply, leader.hears(two[1], commit(alone)))
+    of_five = Rig(L0)
+    cut_off = signed(of_five.regroup(seat(L4)), L4, provisional=True)
+    assert of_five.hears(L4, commit(cut_off)) == []
+    lose(of_five, L1)
+    assert of_five.hears(L4, commit(cut_off)) == []  # three of five are left
+    lose(of_five, L1, L2)
+    assert of(Apply, of_five.hears(L4, commit(cut_off)))
+
+
+def test_a_provisional_decree_is_followed_by_who_was_led_by_nobody_for_long() -> None:
+    """Turns that pass in silence are nobody's word."""
+    member = Rig(L4, cannot_reduce=L4)
+    cut_off = signed(member.regroup(*map(seat, sorted((L1, L4)))), L1, provisional=True)
+    for _ in range(20):
+        member.hears(member.machine.leader, Lead(height=HEIGHT, ballot=0, closing=False))
+        member.passes(1.0)
+        assert member.hears(L1, commit(cut_off)) == []
+    member.passes(CONFIG.provisional_s)
+    assert member.machine.ballot > 0
+    assert of(Apply, member.hears(L1, commit(cut_off)))
+
+
+# -- a leader that gets nowhere ---------------------------------------------------------------
+
+PATIENCE_S = CONFIG.exchange_s + CONFIG.provisional_s + CONFIG.grace_s
+
+
+def beaten(member: Rig, seconds: float) -> list[Action]:
+    """Time passes, and the leader of now does nothing but beat."""
+    actions = []
+    for _ in range(round(seconds)):
+        ballot = member.machine.ballot
+        lead = Lead(height=HEIGHT, ballot=ballot, closing=False)
+        actions += member.hears(order(FIVE)[ballot % 5], lead)
+        actions += member.passes(1.0)
+    return actions
+
+
+@pytest.mark.parametrize("word", ["ready", "report", "accepted"])
+def test_a_leader_that_only_beats_is_left_when_it_has_ones_word_for_long(word: str) -> None:
+    member = Rig(L4)
+    member.works()
+    if word != "ready":
+        member.hears(L0, member.plan())
+        beaten(member, CONFIG.exchange_s)  # an exchange may take its time
+        assert member.machine.ballot == 0
+        member.exchanges(member.plan(), member.average())
+    if word == "accepted":
+        beaten(member, 30)
+        assert sent(Accepted, member.hears(L0, propose(member.average())))
+    beaten(member, PATIENCE_S - 1)
+    assert member.machine.ballot == 0
+    beaten(member, 3)
+    assert member.machine.ballot == 1
+
+
+def test_who_is_at_work_waits_for_nobody() -> None:
+    member = Rig(L4)
+    beaten(member, 10 * PATIENCE_S)
+    assert member.machine.ballot == 0
+
+
+def test_in_a_long_round_leaders_that_wait_for_others_are_left_ever_more_rarely() -> None:
+    member = Rig(L4)
+    member.works()
+    beaten(member, 3600)
+    assert 3 <= member.machine.ballot <= 6
+
+
+def test_another_turn_of_the_same_leader_is_no_answer() -> None:
+    """It begins again before the patience of the others ends, and gets nowhere again."""
+    member = Rig(L4)
+    member.works()
+    beaten(member, PATIENCE_S / 2)
+    member.hears(L0, Prepare(height=HEIGHT, ballot=5))
+    assert member.machine.ballot == 5
+    beaten(member, PATIENCE_S / 2 + 2)
+    assert member.machine.ballot == 6
+
+
+def test_a_proposal_that_is_repeated_is_no_answer_either() -> None:
+    member = Rig(L4)
+    outcome = member.regroup()
+    for _ in range(round(PATIENCE_S) + 2):
+        member.hears(L0, propose(outcome))
+        beaten(member, 1)
+    assert member.machine.ballot == 1
+
+
+def test_many_small_pieces_fill_no_message() -> None:
+    """Reported one by one: the mend is one that can be sent, and keeps the longest."""
+    layout = Layout(numel=4000 * 1024, largest_chunk=1024)
+    names = [f"{name}{'x' * 51}" for name in "abcdefghijklmnopqrstuvwxyz"]
+    held = {
+        name: runs_of(n for n in range(4000) if n < 1000 or (n + place) % 3)
+        for place, name in enumerate(names)
+    }
+    kept = leadership._kept(4000, held)
+    assert sum(len(wire.encode(mended(names, (run,), layout))) for run in kept[:1])
+    assert kept[0].start == 0
+    assert kept[0].stop >= 1000
+    empty = len(wire.encode(mended(names, kept[:1], layout)))
+    assert len(wire.encode(mended(names, kept, layout))) - empty < 2 * KEPT_BYTES
+
+
+def mended(names: list[str], kept: tuple[Kept, ...], layout: Layout) -> Plan:
+    found = {chunk for run in kept for chunk in range(run.start, run.stop)}
+    return Plan(
+        height=HEIGHT,
+        round=ROUND,
+        ballot=0,
+        attempt=1,
+        previous=NO_DIGEST,
+        base=blake3(b"base").digest(),
+        receivers=tuple(names),
+        contributions=tuple(Contribution(peer_id=name, samples=2**40) for name in names),
+        slices=share(runs_of(n for n in range(4000) if n not in found), names),
+        kept=kept,
+        numel=layout.numel,
+        chunk_elements=1024,
+        codec="fp32",
+        exchange_s=60.0,
+        stall_s=12.0,
+    )
+
+
+def test_an_average_that_most_refuse_is_tried_again_at_once() -> None:
+    """Its contributors follow no mend: they have given up their work."""
+    leader = averaging()
+    plan = leader.plan()
+    actions = leader.machine.exchange_refused(wire.plan_digest(plan), leader.now)
+    for peer in (L1, L2, L3, L4):
+        actions += leader.hears(peer, incomplete(plan))
+    assert sent(Plan, actions) == []
+    outcome = sent(Propose, actions)[0][1].outcome
+    assert (outcome.kind, outcome.roster) == (Kind.REGROUP, leader.head.roster)
+
+
+def test_a_refused_average_is_not_mended_for_the_sake_of_the_silent() -> None:
+    leader = averaging()
+    plan = leader.plan()
+    leader.machine.exchange_refused(wire.plan_digest(plan), leader.now)
+    for peer in (L1, L2, L3):
+        leader.hears(peer, incomplete(plan))
+    leader.machine.undeliverable(L4, leader.now)
+    actions = leader.passes(LOST_S + 0.5)
+    assert not any(plan.attempt for _, plan in sent(Plan, actions))
+    assert {m.peer_id for m in sent(Propose, actions)[0][1].outcome.roster} == set(FIVE) - {L4}
+
+
+# -- voting once ------------------------------------------------------------------------------
+
+
+def test_nobody_votes_twice_by_going_to_another_branch_and_back() -> None:
+    """With as many samples on both, a larger roster there, and one with a seat for it here."""
+    member = Rig(L1)
+    first = member.regroup()
+    assert sent(Accepted, member.hears(L0, propose(first)))
+    larger = signed(member.regroup(*map(seat, "pqrstu"), height=HEIGHT + 3), "a", provisional=True)
+    member.machine.install(larger, member.now)
+    assert not member.machine.is_member
+    assert not member.machine.yields_to(member.head)
+    assert member.machine.install(member.certificate, member.now) == []
+    assert member.machine.head == Head.after(larger)
+
+
+def test_a_revival_forgets_no_head_that_was_left() -> None:
+    member = Rig(L1, session=2)
+    alone = signed(member.regroup(seat(L1, session=2)), L1, provisional=True)
+    actions = member.machine.revive(alone, member.now)
+    assert [work.round for work in of(StartWork, actions)] == [ROUND]
+    assert member.machine.head == Head.after(alone)
+    assert not member.machine.yields_to(member.head)
+
+
+def test_a_leader_gets_one_signature_for_each_of_its_turns() -> None:
+    member = Rig(L1)
+    one, other = member.regroup(), member.regroup(*member.head.roster[:4])
+    assert sent(Accepted, member.hears(L0, propose(one)))
+    assert sent(Accepted, member.hears(L0, propose(other))) == []
+    again = sent(Accepted, member.hears(L0, propose(one)) + member.passes(1.25))
+    assert {accepted.outcome for _, accepted in again} == {wire.outcome_digest(one)}
+
+
 # -- other heights and strangers --------------------------------------------------------------
+
+
+def test_who_was_stopped_itself_takes_nobody_for_gone() -> None:
+    leader = taken_over(1)
+    for peer in (L0, L2, L3, L4):
+        leader.machine.undeliverable(peer, leader.now)
+    assert leader.machine.ballot == 1
+    leader.works()
+    leader.now += 100 * PAUSE_S
+    assert of(StartExchange, leader.machine.tick(leader.now)) == []
+    assert of(StartExchange, leader.passes(CONFIG.provisional_s - 1)) == []
+    assert of(StartExchange, leader.passes(3.0))  # all have been gone for long now
+
+
+def test_strangers_that_ask_are_answered_so_often_and_no_more() -> None:
+    """Each answer is a call to an address of their choice."""
+    member = Rig(L1)
+    answers = 0
+    for number in range(200):
+        name = f"x{number}"
+        join = Join(member=seat(name), height=HEIGHT - 1)
+        answers += len(sent(Commit, member.hears(name, join)))
+        behind = Ready(height=HEIGHT - 1, ballot=0, head=NO_DIGEST, samples=0)
+        answers += len(sent(Commit, member.hears(name, behind)))
+        assert sent(Commit, member.hears(L2, behind))  # a member always is
+    assert answers == ANSWERS
+    member.passes(1.0)
+    assert sent(Commit, member.hears("x0", Join(member=seat("x0"), height=HEIGHT - 1)))
+
+
+def test_what_overtakes_a_commit_is_kept_within_bounds() -> None:
+    member = Rig(L1)
+    wide = tuple(
+        Member(
+            peer_id=f"r{number:04}",
+            session=1,
+            hosts=("h" * 255, "h" * 255),
+            port=1,
+            certificate_sha256=NO_DIGEST,
+            can_reduce=True,
+        )
+        for number in range(1500)
+    )
+    big = Propose(
+        height=HEIGHT + 1,
+        ballot=0,
+        outcome=member.regroup(*wide, height=HEIGHT + 1),
+        holders=(),
+    )
+    for number in range(100):
+        name = f"x{number:02}"
+        member.hears(name, Join(member=seat(name), height=HEIGHT))
+        member.machine.receive(name, big, member.now)
+    assert sum(kept.size for kept in member.machine._early.values()) <= EARLY_BYTES // 2
+    certificate, plan = ahead(member)
+    leader = order(FIVE, HEIGHT + 1)[0]
+    sender = leader if leader != L1 else order(FIVE, HEIGHT + 1)[1]
+    member.hears(sender, plan)  # for members there is room still
+    assert (sender, Plan) in member.machine._early
+    before = len(member.machine._early)
+    for other in (
+        dataclasses.replace(member.ready(), height=HEIGHT + 2),
+        dataclasses.replace(member.promise(0), height=HEIGHT + 1),
+        Accepted(height=HEIGHT + 1, ballot=0, outcome=NO_DIGEST, signature=bytes(64)),
+    ):
+        member.hears(L2, other)
+    assert len(member.machine._early) == before
+    member.hears(L0, commit(certificate))
+    assert member.machine._early == {}
 
 
 def ahead(rig: Rig) -> tuple[Certificate, Plan]:

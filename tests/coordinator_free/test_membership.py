@@ -5,10 +5,28 @@ import math
 
 import pytest
 
-from coordinator_free import membership
+from coordinator_free import membership, wire
 from coordinator_free.certificates import Head
-from coordinator_free.membership import JOIN_BEHIND, JOIN_FRESH_S, Membership
-from coordinator_free.messages import NO_DIGEST, Join, Kind, Member
+from coordinator_free.leadership import KEPT_BYTES
+from coordinator_free.membership import JOIN_BEHIND, JOIN_FRESH_S, Membership, fitting
+from coordinator_free.messages import (
+    NO_DIGEST,
+    Certificate,
+    Commit,
+    Contribution,
+    Join,
+    Kind,
+    Member,
+    Message,
+    Outcome,
+    Plan,
+    Promise,
+    Propose,
+    Report,
+    Signature,
+    Slice,
+    View,
+)
 
 
 def seat(name: str, session: int = 1) -> Member:
@@ -152,6 +170,134 @@ def test_floods_of_strangers_neither_break_nor_lock_the_roster(
     late = JOIN_FRESH_S + 1
     members.join(Join(member=D, height=11), late)
     assert members.next_roster(late) == (A, B, C, D)
+
+
+def test_who_restarted_is_heard_though_there_is_no_room_for_strangers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(membership, "MAX_MEMBERS", 8)
+    members = Membership(A, head(A, B, C))
+    for number in range(20):
+        members.join(Join(member=seat(f"x{number:02}"), height=10), 0.0)
+    members.join(Join(member=seat("b", session=2), height=10), 0.0)
+    assert members.restarted("b")
+
+
+def test_strangers_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(membership, "MAX_MEMBERS", 8)
+    members = Membership(A, head(A, B, C))
+    now = 0.0
+    for wave in range(10):
+        now += JOIN_FRESH_S + 1
+        for number in range(8):
+            members.join(Join(member=seat(f"x{wave}-{number}"), height=10), now)
+    known = [n for w in range(10) for n in range(8) if members.member(f"x{w}-{n}") is not None]
+    assert len(known) == 8
+    assert members.member("b") == B
+
+
+def stranger(number: int) -> Member:
+    """Whose seat takes up as much room as one can."""
+    return Member(
+        peer_id=f"12D3KooW{number:044}",
+        session=2**64 - 1,
+        hosts=("h" * 255, "i" * 255),
+        port=65535,
+        certificate_sha256=bytes(32),
+        can_reduce=True,
+    )
+
+
+def test_a_roster_grows_no_further_than_messages_about_it() -> None:
+    """Strangers with long addresses made one of which nothing could be decided any more."""
+    members = Membership(A, head(A, B, C))
+    for number in range(4096):
+        members.join(Join(member=stranger(number), height=10), 0.0)
+    roster = members.next_roster(0.0)
+    assert set(names(roster)) >= {"a", "b", "c"}
+    assert len(roster) > 400
+    for message in largest(roster):
+        assert len(wire.encode(message)) < wire.MAX_MESSAGE_BYTES - KEPT_BYTES
+    assert fitting((A, *roster)) == roster
+    honest = fitting(
+        dataclasses.replace(stranger(n), hosts=("192.168.100.100",)) for n in range(4096)
+    )
+    assert len(honest) > 1000
+    for message in largest(honest):
+        assert len(wire.encode(message)) < wire.MAX_MESSAGE_BYTES - KEPT_BYTES
+
+
+def largest(roster: tuple[Member, ...]) -> list[Message]:
+    """What says most of a whole roster: a decree and its signatures, and a promise."""
+    peers = tuple(names(roster))
+    contributions = tuple(Contribution(peer_id=p, samples=2**48, omitted=255) for p in peers)
+    outcome = Outcome(
+        height=2**40,
+        round=2**40,
+        kind=Kind.AVERAGE,
+        previous=bytes(32),
+        plan=bytes(32),
+        vector_root=bytes(32),
+        state_root=bytes(32),
+        samples=2**50,
+        contributions=contributions,
+        roster=roster,
+    )
+    chunks = len(peers)
+    plan = Plan(
+        height=2**40,
+        round=2**40,
+        ballot=2**40,
+        attempt=1,
+        previous=bytes(32),
+        base=b"x" * 32,
+        receivers=peers,
+        contributions=contributions,
+        slices=tuple(Slice(start=n, stop=n + 1, reducer=p) for n, p in enumerate(peers)),
+        kept=(),
+        links=tuple(View(peer_id=p, up_bps=2**40, down_bps=2**40) for p in peers),
+        expected_s=1.0,
+        numel=chunks * 1024,
+        chunk_elements=1024,
+        codec="int4",
+        exchange_s=60.0,
+        stall_s=12.0,
+    )
+    report = Report(
+        height=2**40,
+        ballot=2**40,
+        plan=bytes(32),
+        complete=True,
+        vector_root=bytes(32),
+        state_root=bytes(32),
+        lost=peers,
+        absent=peers,
+    )
+    certificate = Certificate(
+        outcome=outcome,
+        ballot=2**40,
+        provisional=True,
+        signatures=tuple(Signature(peer_id=p, signature=bytes(64)) for p in peers),
+    )
+    return [
+        Commit(certificate=certificate, holders=peers),
+        Propose(height=2**40, ballot=2**40, outcome=outcome, holders=peers),
+        Promise(
+            height=2**40,
+            ballot=2**40,
+            accepted_ballot=2**40,
+            accepted=outcome,
+            plan=plan,
+            report=report,
+        ),
+    ]
+
+
+def test_a_pause_of_ones_own_is_not_the_silence_of_others(of_three: Membership) -> None:
+    of_three.lost("b", 5.0)
+    of_three.paused(100.0)
+    assert of_three.gone_for("b", 108.0) == 3.0
+    assert of_three.is_down("b")
 
 
 def test_the_book_forgets_those_without_a_seat_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,12 +10,12 @@ from coordinator_free.messages import Run, Slice
 from coordinator_free.partition import (
     ALIGN_ELEMENTS,
     CHUNK_BYTES,
-    CHUNKS_EACH,
     chunk_elements,
     chunk_span,
     largest_chunk,
     runs_of,
     share,
+    within,
 )
 
 runs = st.sets(st.integers(0, 200), min_size=1).map(lambda chunks: runs_of(sorted(chunks)))
@@ -44,8 +44,8 @@ def test_a_cut_as_it_has_always_been() -> None:
         Slice(reducer="a", start=2, stop=4),
         Slice(reducer="b", start=7, stop=9),
     )
-    assert chunk_elements(10_000, 3, 1 << 18) == 1024
-    assert chunk_elements(16_000_000, 5, 1 << 18) == 246_784
+    assert chunk_elements(10_000, 3, 1 << 18, 4) == 1024
+    assert chunk_elements(16_000_000, 5, 1 << 18, 4) == 246_784
 
 
 @given(st.sets(st.integers(0, 1000)))
@@ -60,11 +60,12 @@ def test_runs_are_the_chunks_that_they_were_made_of(chunks: set[int]) -> None:
     st.integers(1, 10**9) | st.integers(1, 20 * ALIGN_ELEMENTS),
     st.integers(1, 100),
     st.integers(1, 2000).map(lambda n: n * ALIGN_ELEMENTS),
+    st.integers(1, 32),
 )
 def test_chunks_fill_a_vector_and_give_each_reducer_several(
-    numel: int, reducers: int, largest: int
+    numel: int, reducers: int, largest: int, least: int
 ) -> None:
-    elements = chunk_elements(numel, reducers, largest)
+    elements = chunk_elements(numel, reducers, largest, least)
     assert elements % ALIGN_ELEMENTS == 0
     assert 0 < elements <= largest
     chunks = -(-numel // elements)
@@ -72,7 +73,7 @@ def test_chunks_fill_a_vector_and_give_each_reducer_several(
     assert chunk_span(chunks - 1, elements, numel)[1] == numel
     if elements > ALIGN_ELEMENTS:
         # Rounding a chunk's length up to whole pieces leaves the last reducer a little less.
-        assert chunks > reducers * CHUNKS_EACH // 2
+        assert chunks > reducers * least // 2
 
 
 def test_chunks_are_at_most_one_message_and_never_split_a_block() -> None:
@@ -83,3 +84,10 @@ def test_chunks_are_at_most_one_message_and_never_split_a_block() -> None:
         assert ALIGN_ELEMENTS % coding.block == 0
         assert 0.99 * CHUNK_BYTES <= coding.encoded_bytes(size) <= CHUNK_BYTES
     assert largest_chunk(lambda n: 10**9 * n) == ALIGN_ELEMENTS
+
+
+@given(runs, st.integers(0, 200), st.integers(1, 200))
+def test_what_of_some_runs_is_in_a_piece(some: tuple[Run, ...], start: int, length: int) -> None:
+    piece = Run(start=start, stop=start + length)
+    chunks = [n for run in some for n in range(run.start, run.stop)]
+    assert list(within(some, piece)) == [n for n in chunks if piece.start <= n < piece.stop]

@@ -63,9 +63,10 @@ def certificate(
     vector_root: bytes = NO_DIGEST,
 ) -> Certificate:
     height = after.outcome.height + 1 if after is not None else 0
+    round = after.outcome.round if after is not None else 0
     outcome = Outcome(
         height=height,
-        round=height,
+        round=round + (kind == Kind.AVERAGE),
         kind=kind,
         previous=head_digest(after.outcome) if after is not None else NO_DIGEST,
         plan=NO_DIGEST,

@@ -29,6 +29,7 @@ from coordinator_free.messages import (
     Plan,
     Signature,
     Slice,
+    View,
 )
 
 # -- every message there can be ---------------------------------------------------------------
@@ -101,7 +102,7 @@ outcomes = st.builds(
     plan=digests,
     vector_root=digests,
     state_root=digests,
-    samples=naturals,
+    samples=st.integers(0, messages.MAX_SAMPLES),
     contributions=contributions,
     roster=rosters,
 )
@@ -172,6 +173,9 @@ EVERY: dict[type[Any], st.SearchStrategy[Any]] = {
     messages.Refused: st.builds(messages.Refused, **at_ballot, promised=naturals),
     messages.Commit: st.builds(messages.Commit, certificate=certificates, holders=peers),
     messages.Join: st.builds(messages.Join, member=members, height=naturals),
+    messages.Assist: st.builds(
+        messages.Assist, member=members, up_bps=naturals, down_bps=naturals
+    ),
     messages.Leave: st.builds(messages.Leave, height=naturals),
     messages.Hello: st.builds(messages.Hello, height=naturals),
     messages.Heads: chains(),
@@ -442,6 +446,9 @@ PLAN_CHANGES = {
     "codec": "int8",
     "exchange_s": 60.5,
     "stall_s": 12.5,
+    "assistants": (dataclasses.replace(ROSTER[0], peer_id="z"),),
+    "links": (View(peer_id="a", up_bps=1, down_bps=0),),
+    "expected_s": 0.5,
 }
 OUTCOME_CHANGES = {
     "height": 4,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from coordinator_free.certificates import Head
 from coordinator_free.config import RoundConfig
 from tests.sim.world import Faults, World
 
 PEERS = 5
-TROUBLE_S = 60.0
+TROUBLE_S = 50.0
+ALONE_S = 30.0  # in which somebody who can lead finds the others, if there is anybody
 
 
 def swarm(
@@ -31,21 +34,30 @@ def swarm(
 
 
 def trouble(seed: int) -> World:
-    """A minute of crashes, freezes, partitions and restarts over a lossy network.
+    """Fifty seconds of crashes, freezes, partitions and restarts over a lossy network.
+
+    In every fourth swarm exchanges take seconds, in every eighth some averages lead nowhere.
 
     Raises:
         Diverged: the checker found two truths.
     """
     faults = Faults(
-        loss=0.02, duplicate=0.05, delay_s=(0.001, 0.3), leaf_s=(0.02, 1.5), wrong_leaf=0.02
+        loss=0.02,
+        duplicate=0.05,
+        delay_s=(0.001, 0.3),
+        leaf_s=(0.02, 1.5),
+        wrong_leaf=0.02,
+        refused=0.2 if seed % 8 == 5 else 0.0,
     )
     world = swarm(seed, PEERS, faults=faults, save_every=1, clients=max(0, seed % 5 - 2))
     chance = world.random
+    if seed % 4 == 3:
+        world.exchange_s = (1.0, 6.0)
     everybody = {f"p{index}" for index in range(PEERS)}
     for _ in range(8):
         name = f"p{chance.randrange(PEERS)}"
         when = chance.uniform(0, 40)
-        match chance.choice(["crash", "freeze", "cut", "restart", "reboot"]):
+        match chance.choice(["crash", "freeze", "cut", "split", "restart", "reboot"]):
             case "crash":
                 world.at(when, lambda name=name: world.crash(name))
             case "freeze":
@@ -54,14 +66,24 @@ def trouble(seed: int) -> World:
                 rest = everybody - {name}
                 world.at(when, lambda name=name, rest=rest: world.partition({name}, rest))
                 world.at(when + chance.uniform(1, 25), world.heal)
+            case "split":
+                some = set(chance.sample(sorted(everybody), chance.randint(2, 3)))
+                rest = everybody - some
+                parted = chance.random() < 0.5  # the directory
+                split = partial(world.partition, some, rest, directory=parted)
+                world.at(when, split)
+                whole = when + chance.uniform(1, 25)
+                world.at(whole, world.heal)
+                world.at(whole + chance.uniform(0, 15), world.hidden.clear)
             case "restart":
                 world.at(when, lambda name=name: world.crash(name))
                 world.at(when + chance.uniform(0, 5), lambda name=name: revive(world, name))
             case "reboot":
                 world.at(when, lambda name=name: world.crash(name))
                 world.at(when + chance.uniform(0, 5), lambda name=name: world.restart(name))
+    end = world.now + TROUBLE_S
     world.at(TROUBLE_S, lambda: None)  # time passes also where everybody is dead
-    world.run(lambda: world.now > TROUBLE_S, limit_s=TROUBLE_S + 20)
+    world.run(lambda: world.now >= end, limit_s=TROUBLE_S + 20)
     return world
 
 
@@ -73,8 +95,13 @@ def calm(world: World) -> None:
         Diverged: what they hold is not what was decided.
     """
     world.heal()
+    world.hidden.clear()
     world.faults = Faults()
-    if not any(peer.machine.is_member and peer.me.can_reduce for peer in world.live):
+    if not _is_led(world):
+        end = world.now + ALONE_S
+        world.at(ALONE_S, lambda: None)
+        world.run(lambda: world.now >= end, limit_s=ALONE_S + 20)
+    if not _is_led(world):
         for name, peer in list(world.peers.items()):
             if not peer.alive:
                 world.restart(name)  # all who could lead died: their disks go on
@@ -84,6 +111,15 @@ def calm(world: World) -> None:
     world.run(lambda: world.all_at(best + 2), limit_s=180)
     world.run(world.one_branch, limit_s=60)
     world.check_history()
+
+
+def _is_led(world: World) -> bool:
+    """Whether somebody who can lead has a seat in the furthest roster."""
+    heads = [peer.machine.head for peer in world.live]
+    furthest = max(heads, key=lambda head: head.rank, default=None)
+    return furthest is not None and any(
+        peer.me.can_reduce and peer.me in furthest.roster for peer in world.live
+    )
 
 
 def revive(world: World, name: str) -> None:

@@ -21,8 +21,9 @@ from blake3 import blake3
 from coordinator_free import replica, wire
 from coordinator_free.donor import Donor, _Lease
 from coordinator_free.download import AskDigests, AskLeaf, Cancel, Download, Drop, Step
+from coordinator_free.memory import bytes_of
 from coordinator_free.messages import DIGEST_BYTES, FetchState
-from coordinator_free.replica import Replica, State, bytes_of, leaf_digests, state_root
+from coordinator_free.replica import Replica, State, leaf_digests, state_root
 from coordinator_free.transfer import LOOK_S
 from dht.errors import Overloaded, StateError
 

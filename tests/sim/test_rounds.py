@@ -11,7 +11,7 @@ import pytest
 
 from tests.sim.chaos import calm, swarm, total_stop, trouble
 
-SEEDS = int(os.environ.get("SEEDS", "150"))
+SEEDS = int(os.environ.get("SEEDS", "200"))
 
 
 def test_four_peers_end_a_run_together_with_one_head() -> None:

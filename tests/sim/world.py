@@ -6,8 +6,13 @@ played: it takes a while and gives a member only some chunks of a reducer that i
 that dies or freezes meanwhile. A peer that is new, too far behind or on a branch that lost gets the
 whole state from several donors while the swarm goes on, and replays what was committed meanwhile:
 which leaf comes from whom, and what donors keep, is decided by the shipped code (`getting`). What
-is played of catching up is `catchup` around that: whom to ask, and when to replay instead. After
-every event the world checks that no two certificates disagree.
+is played of catching up is `catchup` around that: whom to ask, and when to replay instead. The
+directory shows everybody, or only those on the same side. Averages and certificates are kept for a
+while only.
+
+After every event the world checks that no two majorities disagree, and that whoever goes on without
+a majority cannot reach one. `check_history` looks at the end whether anything that was committed is
+lost.
 """
 
 from __future__ import annotations
@@ -47,6 +52,10 @@ FETCHES_BEFORE_RESYNC = 3
 TICK_S = 0.2
 WATCH_S = 5.0
 FIND_S = 1.0  # before a newcomer that found nobody looks again
+COLLECT_S = 0.5
+KEPT_AVERAGES = 6  # of the last rounds; `replica` keeps 4 to 64
+KEPT_CERTIFICATES = 12
+NOTICE_S = 2.0  # after which who can be reached again has been heard
 
 
 class Diverged(AssertionError):
@@ -76,6 +85,7 @@ class Faults:
     delay_s: tuple[float, float] = (0.001, 0.05)
     leaf_s: tuple[float, float] = (0.01, 0.1)  # a leaf of a state takes so long
     wrong_leaf: float = 0.0
+    refused: float = 0.0  # of all averages: lead to no finite state
 
 
 @dataclass(kw_only=True)
@@ -89,10 +99,13 @@ class Peer:
     outcomes: dict[bytes, Outcome] = field(default_factory=dict)
     certificates: list[Certificate] = field(default_factory=list)
     chunks: dict[bytes, dict[int, Averaged]] = field(default_factory=dict)  # by plan
-    averages: set[bytes] = field(default_factory=set)  # roots
+    averages: list[bytes] = field(default_factory=list)  # roots, the newest last
+    undecided: set[bytes] = field(default_factory=set)  # of them
     failed_fetches: int = 0
+    link_s: float = 0.0  # its exchanges and fetches take so much longer
     without: set[str] = field(default_factory=set)  # reducers given up in the exchange under way
     lookout: Lookout = field(default_factory=Lookout)
+    stray: int = 0  # whose turn it is to be asked
     slowness: float = 1.0
     work: tuple[float, float, int] = (0.0, 1.0, 0)  # began, takes so long, gives so many samples
     finished: bool = False
@@ -102,6 +115,19 @@ class Peer:
     @property
     def state_root(self) -> bytes:
         return self.state.root
+
+    @property
+    def shown(self) -> list[Certificate]:
+        """What others can still ask it for."""
+        return self.certificates[-KEPT_CERTIFICATES:]
+
+    def hold(self, root: bytes) -> None:
+        """This average is here: undecided, and in place of the oldest one."""
+        if root in self.averages:
+            self.averages.remove(root)
+        self.averages.append(root)
+        self.undecided.add(root)
+        del self.averages[:-KEPT_AVERAGES]
 
 
 @dataclass(kw_only=True)
@@ -163,7 +189,11 @@ class World:
         self.newcomers: dict[str, Newcomer] = {}
         self.clients: frozenset[str] = frozenset()  # can neither lead nor reduce
         self.cut: set[frozenset[str]] = set()
-        self.decided: dict[tuple[int, bytes], Certificate] = {}
+        self.hidden: set[frozenset[str]] = set()  # in the directory from each other
+        self.healed: dict[frozenset[str], float] = {}  # when a pair was last cut off
+        self.mute: dict[str, tuple[type[Message], ...]] = {}  # by sender: what never arrives
+        self.majorities: dict[tuple[int, bytes], Certificate] = {}  # by what they follow on
+        self.provisional: list[Certificate] = []
         self.by_head: dict[bytes, Certificate] = {}
         self.trace = blake3()  # of everything that happened, to see that a seed replays
         self.reduced: dict[tuple[bytes, str], frozenset[str]] = {}
@@ -176,6 +206,7 @@ class World:
     def found(self, name: str) -> Peer:
         me = self._member(name)
         certificate = certificates.found(RUN, me, Key(name), INITIAL.root)
+        self.by_head[wire.head_digest(certificate.outcome)] = certificate
         return self._start(me, INITIAL, [certificate])
 
     def join(self, name: str, contact: str) -> None:
@@ -234,15 +265,21 @@ class World:
     def freeze(self, name: str, seconds: float) -> None:
         (self.newcomers.get(name) or self.peers[name]).frozen_until = self.now + seconds
 
-    def partition(self, *sides: set[str]) -> None:
+    def partition(self, *sides: set[str], directory: bool = False) -> None:
+        """Part these, and what the directory shows of them as well if it runs among them."""
+        self.heal()
         self.cut = {
             frozenset((a, b))
             for one, other in itertools.combinations(sides, 2)
             for a in one
             for b in other
         }
+        self.hidden.clear()
+        self.hidden.update(self.cut if directory else ())
 
     def heal(self) -> None:
+        """The network is one again; a directory that was parted is not yet."""
+        self.healed.update(dict.fromkeys(self.cut, self.now))
         self.cut = set()
 
     # -- running ------------------------------------------------------------------------------
@@ -282,15 +319,11 @@ class World:
         """Whether what the peers hold now is what was decided, one outcome after the other.
 
         Raises:
-            Diverged: a state is not the replay of its certificates, or a majority's outcome is
-                lost though no majority was ever gone.
+            Diverged: a state is not the replay of its certificates, or what a majority committed
+                gave way to something else than a branch of peers who could not reach one.
         """
         for peer in self.live:
-            chain = {}
-            at = peer.machine.head.digest
-            while at in self.by_head:
-                chain[at] = self.by_head[at]
-                at = chain[at].outcome.previous
+            chain = self._chain_to(peer.machine.head.digest)
             state = INITIAL
             for certificate in reversed(chain.values()):
                 if certificate.outcome.kind == Kind.AVERAGE:
@@ -300,16 +333,25 @@ class World:
                 or state.root != peer.machine.head.state_root
             ):
                 raise Diverged(f"the state of {peer.me.peer_id} is not what was decided")
-            # From where a provisional branch began, another one may have been given up for it.
-            heights = [c.outcome.height for c in self.by_head.values() if c.provisional]
-            until = min([*heights, peer.machine.head.height])
-            lost = [
-                certificate
-                for digest, certificate in self.by_head.items()
-                if certificate.outcome.height < until and digest not in chain
-            ]
-            if lost:
-                raise Diverged(f"{len(lost)} committed outcomes are lost at {peer.me.peer_id}")
+            here = {certificate.outcome.previous: certificate for certificate in chain.values()}
+            for digest in self.by_head.keys() - chain.keys():
+                for certificate in reversed(self._chain_to(digest).values()):
+                    instead = here.get(certificate.outcome.previous)
+                    if instead is None:
+                        break  # only further than this peer
+                    if instead.outcome == certificate.outcome:
+                        continue
+                    if not (certificate.provisional or instead.provisional):
+                        raise Diverged(f"{certificate.outcome} was committed, and then {instead}")
+                    break
+
+    def _chain_to(self, head: bytes) -> dict[bytes, Certificate]:
+        """The certificates that lead to a head, by the heads they led to, the last one first."""
+        chain = {}
+        while head in self.by_head:
+            chain[head] = self.by_head[head]
+            head = chain[head].outcome.previous
+        return chain
 
     def all_at(self, round: int) -> bool:
         """Whether everybody got that far, those included who came as newcomers."""
@@ -354,6 +396,8 @@ class World:
         for action in wanted:
             match action:
                 case actions.Send():
+                    if isinstance(action.message, Commit):
+                        self._check_decree(peer, action.message.certificate)
                     self._send(peer, action.to, action.message)
                 case actions.StartWork():
                     self._work(peer, action)
@@ -391,17 +435,53 @@ class World:
             return
         if lost or target.frozen_until > self.now + 2.0:
             self._later(peer, 2.0, lambda: self._do(peer, peer.machine.undeliverable(to, self.now)))
+        if isinstance(message, self.mute.get(sender, ())):
+            return
         copies = (0 if lost else 1) + (self.random.random() < self.faults.duplicate)
         for _ in range(copies):
             self._later(
                 target,
                 self.random.uniform(*self.faults.delay_s),
-                lambda: self._receive(target, sender, raw),
+                lambda: self._receive(target, peer, raw),
             )
 
-    def _receive(self, peer: Peer, sender: str, raw: bytes) -> None:
+    def _receive(self, peer: Peer, sender: Peer, raw: bytes) -> None:
         self.trace.update(raw)
-        self._do(peer, peer.machine.receive(sender, wire.decode(raw), self.now))
+        self._do(peer, peer.machine.receive(sender.me.peer_id, wire.decode(raw), self.now))
+        if self._runs(sender) and sender.frozen_until <= self.now:
+            sender.machine.delivered(peer.me.peer_id)
+
+    def _check_decree(self, peer: Peer, certificate: Certificate) -> None:
+        """Whether this may have been decided when somebody first says that it was.
+
+        Raises:
+            Diverged: another majority decided otherwise, or who goes on without one reaches one.
+        """
+        outcome = certificate.outcome
+        if not certificate.provisional:
+            key = (outcome.height, outcome.previous)
+            other = self.majorities.setdefault(key, certificate)
+            if other.outcome != outcome:
+                raise Diverged(f"two majorities at height {outcome.height}: {other} {certificate}")
+        elif certificate not in self.provisional:
+            self.provisional.append(certificate)
+            voters = self.by_head[outcome.previous].outcome.roster
+            there = {signature.peer_id for signature in certificate.signatures}
+            there |= {member.peer_id for member in voters if self._is_close(peer, member)}
+            if len(there) > len(voters) // 2:
+                raise Diverged(
+                    f"{peer.me.peer_id} went on without {len(voters)} voters at height"
+                    f" {outcome.height} and reaches {sorted(there)}"
+                )
+
+    def _is_close(self, peer: Peer, member: Member) -> bool:
+        """Whether these two could speak to each other for the last `NOTICE_S`."""
+        me, other = peer.me.peer_id, self.peers.get(member.peer_id)
+        if other is None or other.me != member or other.left or not other.alive:
+            return False
+        since = self.healed.get(frozenset((me, member.peer_id)), 0.0)
+        since = max(since, peer.frozen_until, other.frozen_until)
+        return not self.is_cut(me, member.peer_id) and self.now - since > NOTICE_S
 
     def _work(self, peer: Peer, action: actions.StartWork) -> None:
         takes_s = self.random.uniform(*self.work_s) * peer.slowness
@@ -418,19 +498,31 @@ class World:
         self._do(peer, peer.machine.work_done(round, samples, self.now))
 
     def _watch(self, peer: Peer) -> None:
-        """The look into the directory, which shows everybody's samples, cut off or not."""
+        """The look into the directory, which shows everybody's samples, cut off or not.
+
+        Unless it is parted itself: then those who were lost are asked, where they were last.
+        """
+        machine, me = peer.machine, peer.me.peer_id
         shown = {
             other.me.peer_id: Shown(
                 other.machine.head.samples if other.machine.is_member else 0,
                 other.machine.head.digest,
             )
             for other in self.live
-            if other is not peer
+            if other is not peer and frozenset((me, other.me.peer_id)) not in self.hidden
         }
-        machine = peer.machine
         ask = peer.lookout.whom_to_ask(shown, machine.head, machine.knows)
         if ask is not None:
             self._catch_up(peer, ask)
+        strays = machine.membership.strays
+        if strays:
+            peer.stray += 1
+            stray = strays[peer.stray % len(strays)]
+            there = self.peers.get(stray.peer_id)
+            if there is not None and there.me == stray and self._answers(me, stray.peer_id):
+                head = there.machine.head
+                if head.rank > machine.head.rank and not machine.knows(head.digest):
+                    self._catch_up(peer, stray.peer_id)
         self._later(peer, WATCH_S, lambda: self._watch(peer))
 
     def _come_back(self, peer: Peer, head: bytes, since: float) -> None:
@@ -463,12 +555,15 @@ class World:
         revived = revival.revival(machine, chain_end, Key(name), waited_s, self.now)
         if revived is not None:
             self.revived += 1
+            self.provisional.append(revived)
+            others = [m for m in machine.head.roster if m.can_reduce and m.peer_id != name]
+            if any(self._is_close(peer, member) for member in others):
+                raise Diverged(f"{name} revived a run in which somebody could lead")
             if revived.outcome.height == chain_end[-1].outcome.height:
                 peer.certificates.pop()
             peer.certificates.append(revived)
             self.by_head[wire.head_digest(revived.outcome)] = revived
-            peer.machine = self._machine(peer.me, revived)
-            self._do(peer, peer.machine.start(self.now))
+            self._do(peer, machine.revive(revived, self.now))
 
     def _save(self, peer: Peer) -> None:
         """A checkpoint, by the rules of `checkpoints.Keeper`."""
@@ -534,7 +629,10 @@ class World:
                 self._do(peer, peer.machine.exchange_failed(digest, gone, held, self.now))
                 return
             root = blake3(b"".join(chunks[n].version for n in sorted(chunks))).digest()
-            peer.averages.add(root)
+            if self._is_refused(root):
+                self._do(peer, peer.machine.exchange_refused(digest, self.now))
+                return
+            peer.hold(root)
             present = frozenset().union(*(chunk.contributors for chunk in chunks.values()))
             self._do(
                 peer,
@@ -547,7 +645,11 @@ class World:
                 ),
             )
 
-        self._later(peer, self.random.uniform(*self.exchange_s), step)
+        self._later(peer, self.random.uniform(*self.exchange_s) + peer.link_s, step)
+
+    def _is_refused(self, root: bytes) -> bool:
+        """Whether an average leads to a state that is not finite, as everybody finds who has it."""
+        return root[0] < 256 * self.faults.refused
 
     def _contributors(self, plan: Plan, digest: bytes, reducer: str) -> frozenset[str]:
         """Whose work a reducer has in its slices: what it is when somebody asks first, it stays.
@@ -570,36 +672,34 @@ class World:
     def _fetch(self, peer: Peer, outcome: Outcome, holders: tuple[str, ...]) -> None:
         def end() -> None:
             me = peer.me.peer_id
-            has = [h for h in holders if h in self.peers and self._answers(me, h)]
+            known = [h for h in holders if peer.machine.membership.member(h) is not None]
+            has = [h for h in known if h in self.peers and self._answers(me, h)]
             held = any(outcome.vector_root in self.peers[h].averages for h in has)
+            held = held and not self._is_refused(outcome.vector_root)
             if held:
-                peer.averages.add(outcome.vector_root)
+                peer.hold(outcome.vector_root)
             peer.failed_fetches = 0 if held else peer.failed_fetches + 1
             self._do(peer, peer.machine.fetched(outcome, held, self.now))
             if peer.failed_fetches >= FETCHES_BEFORE_RESYNC and has:
                 self._catch_up(peer, has[0], whole=True)
 
-        self._later(peer, 0.3, end)
+        self._later(peer, 0.3 + peer.link_s, end)
 
     def _apply(self, peer: Peer, certificate: Certificate) -> None:
         outcome = certificate.outcome
-        key = (outcome.height, outcome.previous)
+        self._check_decree(peer, certificate)
         if outcome.kind != Kind.AVERAGE:
             self.voids += 1
             if outcome.state_root != peer.state_root:
                 raise Diverged(f"a regroup changed the state of {peer.me.peer_id}")
         else:
             peer.state = self._follow(peer.me.peer_id, peer.state, outcome)
+            given_up = peer.undecided - {outcome.vector_root}
+            peer.averages = [root for root in peer.averages if root not in given_up]
+            peer.undecided.clear()
         peer.certificates.append(certificate)
-        self.by_head[wire.head_digest(outcome)] = certificate
+        self.by_head.setdefault(wire.head_digest(outcome), certificate)
         self._save(peer)
-        other = self.decided.setdefault(key, certificate)
-        if (
-            wire.outcome_digest(other.outcome) != wire.outcome_digest(outcome)
-            and not other.provisional
-            and not certificate.provisional
-        ):
-            raise Diverged(f"two majorities at height {outcome.height}: {other} {certificate}")
 
     def _follow(self, name: str, state: State, outcome: Outcome) -> State:
         """What this average makes of a peer's state."""
@@ -615,13 +715,14 @@ class World:
             if peer.getting or not self._answers(peer.me.peer_id, donor):
                 return
             source = self.peers[donor]
-            for certificate in () if whole else source.certificates:
+            for certificate in () if whole else source.shown:
                 outcome = certificate.outcome
                 there = outcome.kind != Kind.AVERAGE or outcome.vector_root in source.averages
                 if outcome.previous == peer.machine.head.digest and there:
                     commit = Commit(certificate=certificate, holders=(donor,))
                     self._do(peer, peer.machine.receive(donor, commit, self.now))
-                    if peer.machine.takes(certificate):
+                    stuck = peer.failed_fetches >= FETCHES_BEFORE_RESYNC
+                    if peer.machine.takes(certificate) and not stuck:
                         return
             if peer.machine.yields_to(Head.after(source.certificates[-1])):
                 peer.getting = True
@@ -666,28 +767,43 @@ class World:
     ) -> None:
         """Download the state at a peer's head, and replay what is committed meanwhile."""
         links = list(source.certificates)
+        got, name = len(links), host.me.peer_id
+        over = False
+
+        def collect() -> None:
+            if not over:
+                self._collect(name, links)
+                self._later(host, COLLECT_S, collect)
 
         def arrived(state: State, received: dict[str, int]) -> None:
+            nonlocal over
+            over = True
             self.downloads.append(received)
-            here(*self._replay_collected(host.me.peer_id, state, links))
+            self._collect(name, links)
+            for certificate in links[got:]:
+                if certificate.outcome.kind == Kind.AVERAGE:
+                    state = self._follow(name, state, certificate.outcome)
+            here(state, links)
+
+        def gone() -> None:
+            nonlocal over
+            over = True
+            lost()
 
         root = links[-1].outcome.state_root
-        Getting(self, host, root, source.me.peer_id, here=arrived, lost=lost)
+        Getting(self, host, root, source.me.peer_id, here=arrived, lost=gone)
+        collect()
 
-    def _replay_collected(
-        self, name: str, state: State, links: list[Certificate]
-    ) -> tuple[State, list[Certificate]]:
+    def _collect(self, name: str, links: list[Certificate]) -> None:
+        """What follows on a state that is being downloaded, as far as somebody has the averages."""
         for other in self.live:
-            for certificate in other.certificates if self._is_there(name, other) else ():
+            for certificate in other.shown if self._is_there(name, other) else ():
                 outcome = certificate.outcome
                 if not follows(links[-1], certificate, RUN, check):
                     continue
-                if outcome.kind == Kind.AVERAGE:
-                    if outcome.vector_root not in other.averages:
-                        break
-                    state = self._follow(name, state, outcome)
+                if outcome.kind == Kind.AVERAGE and outcome.vector_root not in other.averages:
+                    break
                 links.append(certificate)
-        return state, links
 
     def _is_there(self, name: str, other: Peer) -> bool:
         """Whether that peer answers this one, which need not be a peer of the swarm yet."""
