@@ -37,7 +37,7 @@ MIN_BPS, MAX_BPS = 1e3, 1e12  # no plan is made for less or more, whatever is cl
 
 # -- measuring --------------------------------------------------------------------------------
 MIN_SAMPLES = 4  # of an exchange that is over sooner nothing is learned
-MAX_SAMPLES = 512  # kept of one exchange; of a longer one every second, every fourth...
+MAX_SAMPLES = 2048  # kept of one exchange; of a longer one every second, every fourth...
 LADDER = 1.25  # stretches of every length are tried, but for this factor
 STEADY = 0.5  # an exchange that used the link for this part of the time tests it
 FADE = 0.7  # an older measurement's part after an exchange that was slower throughout

@@ -15,6 +15,7 @@ used. What a member can still do to the others is in docs/threat_model.md.
 from __future__ import annotations
 
 import asyncio
+import bisect
 import contextlib
 import logging
 import secrets
@@ -30,7 +31,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from coordinator_free import actions, certificates, failpoints, wire
+from coordinator_free import actions, certificates, codecs, failpoints, wire
 from coordinator_free.actions import Action
 from coordinator_free.announcer import Announcer
 from coordinator_free.average import Average, absent
@@ -44,10 +45,14 @@ from coordinator_free.comeback import ComeBack
 from coordinator_free.config import Layout, RoundConfig
 from coordinator_free.contact import Contact
 from coordinator_free.donor import Donor
+from coordinator_free.exchanges import Exchanges
 from coordinator_free.handoff import Assignment, Handoff, RoundResult, SessionClosed
+from coordinator_free.limits import Limits
+from coordinator_free.links import Links
 from coordinator_free.machine import Machine
 from coordinator_free.marks import Marks
 from coordinator_free.membership import Membership
+from coordinator_free.memory import keep_freed
 from coordinator_free.messages import (
     Certificate,
     Commit,
@@ -64,7 +69,7 @@ from coordinator_free.partition import largest_chunk
 from coordinator_free.replica import Replica, State, state_root
 from coordinator_free.tls import ServerCertificate
 from coordinator_free.transfer import Transfer
-from coordinator_free.transport import Client, ExchangeStream, Server
+from coordinator_free.transport import Carrier, Client, ExchangeStream, Server
 from dht.directory import Directory
 from dht.errors import (
     PeerError,
@@ -74,16 +79,15 @@ from dht.errors import (
     innermost,
 )
 from dht.identity import Identity, verify
-from dht.records import PEER_TTL_S, PeerRecord
+from dht.records import MAX_COUNT, PEER_TTL_S, PeerRecord
 
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.1
 DELIVER_S = 3.0  # deadline of one small message
-PLAN_S = 5.0  # how long a member's stream may be ahead of the plan it belongs to
+STRANGE_BYTES = 64 << 10  # of one from a peer without a seat: reading it takes the loop's time
 LEAVE_S = 5.0  # how long a polite leaver waits to be let go
 LINGER_S = 10.0  # how long a finished peer serves those that are not
-KEPT_BUTTERFLIES = 4  # exchanges whose chunks slower members may still be reading
 FETCHES_BEFORE_RESYNC = 3  # failed attempts to get one average before the whole state is fetched
 
 T = TypeVar("T")
@@ -105,6 +109,9 @@ class SessionConfig:
         announce_hosts: what others dial, best first.
         can_reduce: offers to lead, reduce and serve state.
         serve_bps: most bytes per second of states sent to those who download them; 0: no cap.
+        upload_bps: most bytes per second sent in all; 0: no limit.
+        download_bps: the same, received.
+        workers: threads that encode, add up and hash.
         checkpoints: folder for this run's checkpoints; None keeps nothing on disk.
         checkpoint_every: save after so many rounds; 0 for never.
         keep_checkpoints: how many of the last ones stay.
@@ -121,6 +128,9 @@ class SessionConfig:
     announce_hosts: tuple[str, ...] = ("127.0.0.1",)
     can_reduce: bool = True
     serve_bps: float = 0.0
+    upload_bps: float = 0.0
+    download_bps: float = 0.0
+    workers: int = 2
     checkpoints: Path | None = None
     checkpoint_every: int = 1
     keep_checkpoints: int = 3
@@ -128,7 +138,10 @@ class SessionConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SessionStatus:
-    """A snapshot for people; `checkpoint` is the round of the newest one on disk."""
+    """A snapshot for people; `checkpoint` is the round of the newest one on disk.
+
+    `saving` tells that one is being written, perhaps the last thing that the session does.
+    """
 
     phase: str
     round: int
@@ -139,6 +152,7 @@ class SessionStatus:
     bytes_sent: int
     bytes_received: int
     checkpoint: int | None = None
+    saving: bool = False
 
 
 class Session:
@@ -147,23 +161,31 @@ class Session:
     Args:
         config: see there.
         identity: signs for this peer.
-        directory: where peers of the run are found and this one is announced.
+        directory: where peers of the run are found and this one is announced; one that is a
+            `Carrier` as well serves as that, too.
     """
 
     def __init__(self, config: SessionConfig, *, identity: Identity, directory: Directory) -> None:
+        keep_freed()
         self.config = config
         self._identity = identity
         self._directory = directory
-        self._client = Client(identity, config.run_id)
+        self._carrier = directory if isinstance(directory, Carrier) else None
+        limits = Limits(config.upload_bps, config.download_bps)
+        self._client = Client(identity, config.run_id, carrier=self._carrier, limits=limits)
         self._tls = ServerCertificate.generate()
-        self._server = Server(identity, config.run_id, self, config.host, config.port, self._tls)
-        self._executor = ThreadPoolExecutor(2, "shoal-compute")
+        self._server = Server(
+            identity, config.run_id, self, config.host, config.port, self._tls, limits=limits
+        )
+        self._links = Links(self._traffic)
+        self._executor = ThreadPoolExecutor(config.workers, "shoal-compute")
         self._transfer = Transfer(
             client=self._client,
             run_id=config.run_id,
             creator=config.creator,
             layout=config.layout,
             numel=config.numel,
+            round=config.round,
             check=verify,
         )
         self._catch_up = CatchUp(
@@ -176,6 +198,7 @@ class Session:
             layout=config.layout,
             outer=NesterovOuter(config.outer),
             numel=config.numel,
+            folder=config.checkpoints,
         )
         self._come_back = ComeBack(
             self,
@@ -195,8 +218,7 @@ class Session:
         self._machine: Machine | None = None
         self._replica: Replica | None = None
         self._donor: Donor | None = None
-        self._butterflies: dict[bytes, Butterfly] = {}
-        self._plan_arrived = asyncio.Condition()
+        self._exchanges = Exchanges()
         self._exchange_task: asyncio.Task[None] | None = None
         self._fetch_task: asyncio.Task[None] | None = None
         self._failed_fetches = 0
@@ -219,7 +241,8 @@ class Session:
         """Hand in trained parameters and wait until the round is committed.
 
         Args:
-            local_N: (N,) float32, CPU: the parameters after training from the assignment's.
+            local_N: (N,) float32, CPU: the parameters after training from the assignment's. Given
+                away: the caller must not use it again.
             samples: sequences trained on; the weight of this peer in the average.
 
         Returns:
@@ -255,6 +278,7 @@ class Session:
             bytes_sent=self._traffic()[0],
             bytes_received=self._traffic()[1],
             checkpoint=self._keeper.round if self._keeper is not None else None,
+            saving=self._keeper is not None and self._keeper.saving,
         )
 
     @property
@@ -311,7 +335,11 @@ class Session:
         """
         self._loop = asyncio.get_running_loop()
         try:
+            # While others are looked for: to compile what the rounds need can take seconds.
+            preparing = self._compute(self._prepare)
             port = await self._server.start()
+            if self._carrier is not None:
+                self._carrier.offer(self.config.host, port)
             me = Member(
                 peer_id=self._identity.peer_id,
                 session=secrets.randbits(64),
@@ -329,7 +357,9 @@ class Session:
                     on_delivered=self._on_delivered,
                     on_failed=self._on_failed,
                 )
-                if await self._get_state(me, initial_N, rejoin_s):
+                begun = await self._get_state(me, initial_N, rejoin_s)
+                await preparing
+                if begun:
                     announcer = Announcer(self._directory, lambda: self._record(me, maddrs()))
                     announcing = tasks.create_task(announcer.run())
                     self._catch_up.watch(tasks)
@@ -349,6 +379,10 @@ class Session:
             self._executor.shutdown(wait=False, cancel_futures=True)
             if self._keeper is not None:
                 await asyncio.to_thread(self._keeper.close)
+
+    def _prepare(self) -> None:
+        codecs.prepare(self.config.round.codec)
+        NesterovOuter(self.config.outer).prepare()
 
     async def _get_state(self, me: Member, initial_N: Tensor | None, rejoin_s: float) -> bool:
         """Begin with a state and the certificate that names it; False if stopped before."""
@@ -393,6 +427,7 @@ class Session:
             check=verify,
             now=now,
         )
+        self._say_links()
         if self._last_round is not None:
             self._finish_after(self._last_round)
         self._do(self._machine.start(now))
@@ -465,7 +500,7 @@ class Session:
                 case actions.StartExchange():
                     self._start_exchange(action.plan, action.digest)
                 case actions.GoOnWithout():
-                    butterfly = self._butterflies.get(action.plan)
+                    butterfly = self._exchanges.get(action.plan)
                     for peer in action.peers:
                         if butterfly is not None:
                             butterfly.drop(peer)
@@ -494,42 +529,43 @@ class Session:
             digest,
             self._identity.peer_id,
             values_N,
-            _Lines(self._client, self._protocol.membership),
+            _Lines(self._client, self._protocol.membership, plan),
             self._executor,
-            self._butterflies.get(plan.base),
+            self._exchanges.get(plan.base),
         )
-        while len(self._butterflies) >= KEPT_BUTTERFLIES:
-            del self._butterflies[next(iter(self._butterflies))]
-        self._butterflies[digest] = butterfly
+        self._exchanges.add(butterfly)
         self._exchange_task = self._tasks.create_task(self._exchange(butterfly))
 
     async def _exchange(self, butterfly: Butterfly) -> None:
         """Take part in both roles: what others get of this one does not depend on what it gets."""
         try:
-            async with asyncio.TaskGroup() as tasks:
+            async with self._links.watching(butterfly), asyncio.TaskGroup() as tasks:
                 tasks.create_task(butterfly.reduce())
                 tasks.create_task(self._average(butterfly, butterfly.digest))
         finally:
             butterfly.release()
+            self._say_links()
+
+    def _say_links(self) -> None:
+        """What is known of links goes to the next leader."""
+        self._protocol.rate, self._protocol.views = self._links.rate, self._links.views
 
     async def _average(self, butterfly: Butterfly, digest: bytes) -> None:
         """Average, and compute what that leads to."""
         began = self._now()
-        async with self._plan_arrived:
-            self._plan_arrived.notify_all()
         try:
             average = await butterfly.run()
         except ExchangeFailed as error:
             logger.warning("session.exchange_failed %s lost=%s", error, ",".join(error.lost))
             self._do(self._protocol.exchange_failed(digest, error.lost, error.held, self._now()))
             return
+        self._exchanged = {average.root: self._now() - began}
         try:
             root = await self._compute(self._held.consider, average)
         except ValueError as error:
             logger.error("session.average_refused round=%d %s", self._protocol.head.round, error)
             self._do(self._protocol.exchange_refused(digest, self._now()))
             return
-        self._exchanged = {average.root: self._now() - began}
         self._do(
             self._protocol.exchange_done(
                 digest,
@@ -545,13 +581,13 @@ class Session:
         """Get an average that was missed: what lacks of it, or else all, from those who hold it."""
         held = False
         average = None
-        butterfly = self._butterflies.get(outcome.plan)
+        butterfly = self._exchanges.get(outcome.plan)
         if butterfly is not None:
             average = await butterfly.complete(holders)
             if average is not None and average.root != outcome.vector_root:
                 logger.error("session.chunks_differ round=%d: fetching all", outcome.round)
                 average = None
-        for holder in holders:
+        for holder in beginning_after(self._identity.peer_id, holders):
             member = self._protocol.membership.member(holder)
             if average is not None or member is None:
                 continue
@@ -577,6 +613,8 @@ class Session:
         self._held.apply(certificate)
         self._note()
         outcome = certificate.outcome
+        # Slower members may still want chunks of the plan that was decided on, and of no other.
+        self._exchanges.forget(but=[outcome.plan])
         now = self._now()
         self._head_since = now
         logger.info(
@@ -726,9 +764,10 @@ class Session:
             can_reduce=me.can_reduce,
             upload_bps=0.0,
             download_bps=0.0,
-            round=head.round,
+            # At the bounds, if need be: a record past them is none, and leads nobody here.
+            round=min(head.round, MAX_COUNT),
             # Who is a member goes by this: never to a state that nobody has a seat to go on from.
-            samples=head.samples if self._protocol.is_member else 0,
+            samples=min(head.samples, MAX_COUNT) if self._protocol.is_member else 0,
             head=head.digest,
             leaving=False,
             expires_at=time.time() + PEER_TTL_S,
@@ -738,9 +777,11 @@ class Session:
 
     async def deliver(self, sender: str, message: bytes) -> bytes:
         """One small message; a `Hello` is answered, everything else only confirmed."""
-        content = wire.decode(message)
         if self._machine is None:
             raise StateError("this peer has no state yet")
+        if len(message) > STRANGE_BYTES and sender not in self._machine.head.peers:
+            raise ValueError(f"{len(message)} bytes are too many for somebody without a seat")
+        content = wire.decode(message, reply=False)
         if isinstance(content, Hello):
             return self._serving.answer(content)
         self._do(self._machine.receive(sender, content, self._now()))
@@ -748,18 +789,7 @@ class Session:
 
     async def exchange(self, sender: str, frames: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         """A member's stream to this reducer; its first frame names the plan."""
-        first = await anext(frames, None)
-        if first is None:
-            raise ProtocolViolation(sender, "opened an exchange and said nothing")
-        header, _ = wire.unpack_frame(first)
-        try:
-            async with asyncio.timeout(PLAN_S), self._plan_arrived:
-                await self._plan_arrived.wait_for(lambda: header.plan in self._butterflies)
-        except TimeoutError as error:
-            raise ProtocolViolation(sender, "opened an exchange of an unknown plan") from error
-        async with contextlib.aclosing(
-            self._butterflies[header.plan].serve(sender, header.slice, frames)
-        ) as reduced:
+        async with contextlib.aclosing(self._exchanges.serve(sender, frames)) as reduced:
             async for frame in reduced:
                 yield frame
 
@@ -767,7 +797,7 @@ class Session:
         """Somebody missed something."""
         wanted = wire.decode_fetch(request)
         if isinstance(wanted, FetchChunks):
-            butterfly = self._butterflies.get(wanted.plan)
+            butterfly = self._exchanges.get(wanted.plan)
             if butterfly is None:
                 raise StateError("nothing of this plan is held")
             for frame in butterfly.frames(wanted):
@@ -828,17 +858,25 @@ class Session:
             self._do(self._machine.finish_after(round, self._now()))
 
 
+def beginning_after(peer_id: str, holders: tuple[str, ...]) -> tuple[str, ...]:
+    """Sorted holders as a ring: not all who miss the same ask the same one first."""
+    first = bisect.bisect(holders, peer_id)
+    return holders[first:] + holders[:first]
+
+
 class _Lines:
     """The wire as a butterfly sees it (`butterfly.Network`).
 
     Args:
         client: dials.
-        membership: knows the addresses.
+        membership: knows the members' addresses.
+        plan: has those of assistants.
     """
 
-    def __init__(self, client: Client, membership: Membership) -> None:
+    def __init__(self, client: Client, membership: Membership, plan: Plan) -> None:
         self._client = client
         self._membership = membership
+        self._assistants = {member.peer_id: member for member in plan.assistants}
 
     def connect(self, peer: str) -> AbstractAsyncContextManager[ExchangeStream]:
         """Open a stream to a reducer."""
@@ -852,7 +890,7 @@ class _Lines:
         return contextlib.aclosing(self._client.fetch(self._contact(peer), raw, timeout_s))
 
     def _contact(self, peer: str) -> Contact:
-        member = self._membership.member(peer)
+        member = self._assistants.get(peer) or self._membership.member(peer)
         if member is None:
             raise ProtocolViolation(peer, "is a member without an address")
         return member.contact

@@ -37,9 +37,9 @@ import socket
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, runtime_checkable
 
 # gRPC's core prints to stderr whatever a hostile or dying partner makes it complain about; what
 # matters reaches us as a status. It reads this once, when it starts.
@@ -50,6 +50,7 @@ import grpc.aio
 
 from coordinator_free import tokens
 from coordinator_free.contact import Contact
+from coordinator_free.limits import Limits
 from coordinator_free.tls import SERVER_NAME, ServerCertificate, fetch_pinned
 from dht.errors import (
     ConfigError,
@@ -78,6 +79,10 @@ MAX_FRAME_BYTES: Final = 8 << 20
 
 CONNECT_S: Final = 5.0
 """For one address of several: a filtered one must not eat the time of those after it."""
+CARRIER_AFTER_S: Final = 1.0
+"""How long the likelier way to a peer is tried alone, or a third of the time if that is less."""
+DIRECT_AGAIN_S: Final = 60.0
+"""How long the addresses of a peer that only the carrier reaches are not tried again."""
 MAX_ADDRESSES: Final = 16
 MAX_LINES: Final = 64
 """Idle connections that a client keeps."""
@@ -172,6 +177,7 @@ class Server:
         certificate: ServerCertificate,
         *,
         idle_s: float = SERVER_IDLE_S,
+        limits: Limits | None = None,
     ) -> None:
         """Remember what to serve; nothing is opened before `start`.
 
@@ -183,6 +189,7 @@ class Server:
             port: TCP port, 0 for any free one.
             certificate: shown to callers.
             idle_s: longest that a stream may make its handler wait for one frame, either way.
+            limits: on all that passes here; share them with the peer's client.
         """
         self.bytes_sent = 0
         self.bytes_received = 0
@@ -195,6 +202,7 @@ class Server:
         self._port = port
         self._certificate = certificate
         self._idle_s = idle_s
+        self._limits = limits or Limits()
         self._calls: Counter[str] = Counter()
         self._server: grpc.aio.Server | None = None
 
@@ -283,6 +291,7 @@ class Server:
             reply = await self._service.deliver(sender, message)
         if len(reply) > MAX_MESSAGE_BYTES:
             raise RuntimeError(f"the service's reply has {len(reply)} bytes")
+        self._limits.up.note(len(reply))
         self.bytes_sent += len(reply)
         return reply
 
@@ -307,6 +316,7 @@ class Server:
     def _count_message(self, message: bytes) -> None:
         if len(message) > MAX_MESSAGE_BYTES:
             raise ValueError(f"a message of {len(message)} bytes, more than {MAX_MESSAGE_BYTES}")
+        self._limits.down.note(len(message))
         self.bytes_received += len(message)
 
     async def _respond(self, context: _Context, frames: AsyncIterator[bytes]) -> None:
@@ -314,6 +324,7 @@ class Server:
             async for frame in frames:
                 if not 1 <= len(frame) <= MAX_FRAME_BYTES:
                     raise RuntimeError(f"the service yielded a frame of {len(frame)} bytes")
+                await self._limits.up.acquire(len(frame))
                 async with asyncio.timeout(self._idle_s):
                     await context.write(frame)
                 self.bytes_sent += len(frame)
@@ -348,6 +359,8 @@ class _Frames(AsyncIterator[bytes]):
             raise Unreachable(self._sender, "broke off an exchange")
         if not frame:
             raise StopAsyncIteration
+        # Before the next read, not before this one: what is here has passed already.
+        await self._server._limits.down.acquire(len(frame))
         self._over = False
         self._server.bytes_received += len(frame)
         return frame
@@ -470,6 +483,26 @@ class _Line:
     retired: bool = False
 
 
+@runtime_checkable
+class Carrier(Protocol):
+    """Another way to a peer than its addresses; not trusted, as what it carries is pinned TLS."""
+
+    def offer(self, host: str, port: int) -> None:
+        """Let others reach this endpoint of ours, and nothing else, through the carrier."""
+        ...
+
+    async def reach(self, peer_id: str) -> tuple[str, int]:
+        """A way to what the peer offers.
+
+        Returns:
+            IPv4 address and port, on this machine, to connect to as often as is needed.
+
+        Raises:
+            PeerError: there is none, or not within the carrier's own deadline.
+        """
+        ...
+
+
 class Client:
     """Calls other peers of one run. One connection to each, opened by the first call.
 
@@ -478,6 +511,7 @@ class Client:
     Attributes:
         bytes_sent: payload bytes of messages and frames.
         bytes_received: payload bytes of replies and frames.
+        carried: how many connections were made through the carrier.
     """
 
     def __init__(
@@ -486,6 +520,8 @@ class Client:
         run_id: str,
         *,
         max_lines: int = MAX_LINES,
+        carrier: Carrier | None = None,
+        limits: Limits | None = None,
     ) -> None:
         """Remember who calls; nothing is opened yet.
 
@@ -493,7 +529,10 @@ class Client:
             identity: signs the tokens.
             run_id: the run that all calls are about.
             max_lines: connections kept open while nobody uses them.
+            carrier: for peers to which none of their addresses leads.
+            limits: on all that passes here; share them with the peer's server.
         """
+        self.carried = 0
         self.bytes_sent = 0
         self.bytes_received = 0
         self._identity = identity
@@ -504,6 +543,10 @@ class Client:
         self._dialling: weakref.WeakValueDictionary[str, asyncio.Lock] = (
             weakref.WeakValueDictionary()
         )
+        self._carrier = carrier
+        self._limits = limits or Limits()
+        # To whom only the carrier leads; each task waits for that to change.
+        self._detours: dict[Contact, asyncio.Task[None]] = {}
         self._closed = False
 
     async def __aenter__(self) -> Client:
@@ -515,6 +558,8 @@ class Client:
     async def close(self) -> None:
         """Break all connections; calls that still run raise `Unreachable`."""
         self._closed = True
+        for detour in self._detours.values():
+            detour.cancel()
         self._lines.clear()
         while self._open:
             await self._open.pop().channel.close()
@@ -545,8 +590,7 @@ class Client:
                     reply = await line.deliver(
                         message, metadata=self._metadata(contact), timeout=timeout_s
                     )
-        self.bytes_sent += len(message)
-        self.bytes_received += len(reply)
+        self._count(len(message), len(reply))
         if len(reply) > MAX_MESSAGE_BYTES:
             raise ProtocolViolation(contact.peer_id, f"a reply of {len(reply)} bytes")
         return reply
@@ -610,7 +654,7 @@ class Client:
         _check_size(request, MAX_MESSAGE_BYTES)
         async with self._calling(contact, idle_timeout_s) as line:
             call = line.fetch(request, metadata=self._metadata(contact))
-            self.bytes_sent += len(request)
+            self._count(len(request), 0)
             try:
                 while True:
                     with self._mapped(line):
@@ -620,10 +664,18 @@ class Client:
                         return
                     if not frame:
                         raise ProtocolViolation(contact.peer_id, "an empty frame")
+                    await self._limits.down.acquire(len(frame))
                     self.bytes_received += len(frame)
                     yield frame
             finally:
                 call.cancel()
+
+    def _count(self, sent: int, received: int) -> None:
+        """Small messages: they wait for nobody."""
+        self._limits.up.note(sent)
+        self._limits.down.note(received)
+        self.bytes_sent += sent
+        self.bytes_received += received
 
     def _metadata(self, contact: Contact) -> grpc.aio.Metadata:
         token = tokens.mint(
@@ -676,13 +728,76 @@ class Client:
             await line.channel.close()
 
     async def _dial(self, contact: Contact, timeout_s: float) -> tuple[bytes, str]:
-        """Find the first address that answers with the pinned certificate.
+        """Find a way that ends at the pinned certificate.
+
+        The peer's addresses come first, and the carrier when none of them leads there or they take
+        long; the other way round while it is known that only the carrier does.
 
         Returns:
             The certificate (PEM), and the address as a gRPC target.
         """
         if self._closed:
             raise Unreachable(contact.peer_id, "this client is closed")
+        if self._carrier is None:
+            return await self._dial_addresses(contact, timeout_s)
+        ways = [self._dial_addresses, self._dial_carrier]
+        if contact in self._detours:
+            ways.reverse()
+        tasks = {ways[0]: asyncio.create_task(ways[0](contact, timeout_s))}
+        try:
+            await asyncio.wait(tasks.values(), timeout=min(CARRIER_AFTER_S, timeout_s / 3))
+            first = tasks[ways[0]]
+            # Where somebody else answers, the peer has a new certificate: no other way helps.
+            if not first.done() or isinstance(first.exception(), Unreachable | TimedOut):
+                tasks[ways[1]] = asyncio.create_task(ways[1](contact, timeout_s))
+            for finished in asyncio.as_completed(tasks.values()):
+                with suppress(PeerError):
+                    found = await finished
+                    if contact in self._detours and not _has_result(tasks.get(self._dial_carrier)):
+                        self._detours.pop(contact).cancel()
+                    return found
+            return await tasks.get(self._dial_addresses, first)  # the carrier can tell less
+        finally:
+            for task in tasks.values():
+                task.add_done_callback(_has_result)  # or an error is logged as not seen
+                task.cancel()
+
+    async def _dial_carrier(self, contact: Contact, timeout_s: float) -> tuple[bytes, str]:
+        assert self._carrier is not None
+        host, port = await self._carrier.reach(contact.peer_id)
+        pem = await fetch_pinned(
+            host,
+            port,
+            contact.certificate_sha256,
+            min(CONNECT_S, timeout_s),
+            peer_id=contact.peer_id,
+        )
+        self.carried += 1
+        if contact not in self._detours and not self._closed:
+            _LOG.info("transport.carried peer=%s", contact.peer_id)
+            self._detours[contact] = asyncio.create_task(self._end_detour(contact))
+        return pem, f"ipv4:{host}:{port}"
+
+    async def _end_detour(self, contact: Contact) -> None:
+        """Have a peer dialled directly again once that works, or nobody has called it for long."""
+        try:
+            while True:
+                await asyncio.sleep(DIRECT_AGAIN_S)
+                line = self._lines.get(contact.peer_id)
+                if line is None or line.contact != contact:
+                    return
+                with suppress(PeerError):
+                    await self._dial_addresses(contact, CONNECT_S)
+                    if self._lines.get(contact.peer_id) is line:
+                        await self._retire(line)
+                    _LOG.info("transport.direct_again peer=%s", contact.peer_id)
+                    return
+        finally:
+            if self._detours.get(contact) is asyncio.current_task():
+                del self._detours[contact]
+
+    async def _dial_addresses(self, contact: Contact, timeout_s: float) -> tuple[bytes, str]:
+        """Find the first address that answers with the pinned certificate."""
         addresses = await _addresses(contact)
         if not addresses:
             raise Unreachable(contact.peer_id, "none of its addresses can be resolved")
@@ -702,7 +817,14 @@ class Client:
                 continue
             scheme, host = ("ipv6", f"[{address}]") if ":" in address else ("ipv4", address)
             return pem, f"{scheme}:{host}:{contact.port}"
-        # The most telling one: an impostor before silence before a refused connection.
+        # The most telling one: an impostor before silence before a refused connection. On this
+        # machine's loopback somebody else is no impostor, if the peer may well be elsewhere.
+        elsewhere = [
+            failure
+            for failure, address in zip(failures, addresses, strict=True)
+            if not ipaddress.ip_address(address).is_loopback
+        ]
+        failures = elsewhere or failures
         for kind in (Unauthenticated, TimedOut):
             for failure in failures:
                 if isinstance(failure, kind):
@@ -778,6 +900,7 @@ class ExchangeStream:
         _check_size(frame, MAX_FRAME_BYTES)
         if not frame:
             raise ValueError("an empty frame")
+        await self._client._limits.up.acquire(len(frame))
         await self._write(frame, timeout_s)
         self._client.bytes_sent += len(frame)
 
@@ -809,6 +932,7 @@ class ExchangeStream:
             return None
         if not frame:
             raise ProtocolViolation(self._line.contact.peer_id, "an empty frame")
+        await self._client._limits.down.acquire(len(frame))
         self._client.bytes_received += len(frame)
         return frame
 
@@ -848,6 +972,12 @@ async def _addresses(contact: Contact) -> list[str]:
                 found["::1" if ":" in address else "127.0.0.1"] = None
             found[address] = None
     return list(found)[:MAX_ADDRESSES]
+
+
+def _has_result(task: asyncio.Task[tuple[bytes, str]] | None) -> bool:
+    if task is None or not task.done() or task.cancelled():
+        return False
+    return task.exception() is None
 
 
 async def _resolve(host: str, port: int) -> list[str]:

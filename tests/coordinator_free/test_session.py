@@ -13,13 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from coordinator_free import wire
 from coordinator_free.config import RoundConfig
 from coordinator_free.handoff import RoundResult, SessionClosed
+from coordinator_free.messages import Heads, Join
 from coordinator_free.outer import OuterConfig
-from coordinator_free.session import Session, SessionConfig
+from coordinator_free.session import STRANGE_BYTES, Session, SessionConfig, beginning_after
 from dht.directory import InMemoryDirectory, InMemoryNetwork
-from dht.errors import RoundError
+from dht.errors import RoundError, StateError
 from dht.identity import Identity
+from tests.coordinator_free.test_machine import Rig, commit, seat, signed
 
 NUMEL = 5000
 WORK_S = 0.1  # what training for a round takes here
@@ -53,6 +56,7 @@ class Swarm:
         founder_again: bool = False,
         identity: Identity | None = None,
         disk: Path | None = None,
+        link_bps: float = 0.0,
     ) -> Peer:
         """One more peer; the first one founds the swarm, and no other peer does.
 
@@ -62,6 +66,7 @@ class Swarm:
             founder_again: it is the first one, restarted.
             identity: it is this one, restarted.
             disk: where it keeps its checkpoints.
+            link_bps: what its link takes, either way; 0: anything.
         """
         identity = self.identities[0] if founder_again else identity or Identity.generate()
         self.identities.append(identity)
@@ -74,6 +79,8 @@ class Swarm:
                 round=self.config,
                 outer=OuterConfig(),
                 serve_bps=self.serve_bps,
+                upload_bps=link_bps,
+                download_bps=link_bps,
                 checkpoints=disk / identity.peer_id if disk is not None else None,
             ),
             identity=identity,
@@ -251,6 +258,62 @@ async def test_broken_values_of_one_peer_stay_out_of_the_average() -> None:
         state = three.peers[0].session.final_N
         assert torch.isfinite(state).all()
         assert (state < -1.0).all()
+
+
+async def test_what_strangers_send_is_refused_before_it_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rig = Rig("a", "abc")
+    identity = Identity.generate()
+    session = Session(
+        SessionConfig(
+            run_id=RUN,
+            creator=identity.peer_id,
+            layout="00",
+            numel=NUMEL,
+            round=RoundConfig(),
+            outer=OuterConfig(),
+        ),
+        identity=identity,
+        directory=InMemoryDirectory(identity, InMemoryNetwork()),
+    )
+    with pytest.raises(StateError):
+        await session.deliver("x", b"\xff" * 10)
+    session._machine = rig.machine
+    roster = tuple(seat(f"peer{number:04d}") for number in range(1500))
+    large = wire.encode(commit(signed(rig.regroup(*roster), "ab")))
+    heads = wire.encode(Heads(certificates=(signed(rig.regroup(*roster), "ab"),)))
+    assert len(large) > STRANGE_BYTES
+    read: list[type] = []
+    shipped = wire._read
+
+    def noting(kind: type, proto: object) -> object:
+        read.append(kind)
+        return shipped(kind, proto)
+
+    monkeypatch.setattr(wire, "_read", noting)
+    with pytest.raises(ValueError, match="without a seat"):
+        await session.deliver("x", large)
+    for sender in "xb":
+        with pytest.raises(ValueError, match=r"without a seat|nobody asked for"):
+            await session.deliver(sender, heads)
+    small = wire.encode(Heads(certificates=(rig.certificate,)))
+    with pytest.raises(ValueError, match="nobody asked for"):
+        await session.deliver("x", small)
+    assert read == []
+    monkeypatch.setattr(session, "_do", lambda wanted: None)
+    assert await session.deliver("b", large) == b""
+    assert await session.deliver("x", wire.encode(Join(member=seat("x"), height=0))) == b""
+    assert read
+
+
+def test_those_who_miss_the_same_ask_different_holders_first() -> None:
+    holders = ("b", "d", "f")
+    assert beginning_after("a", holders) == holders
+    assert beginning_after("c", holders) == ("d", "f", "b")
+    assert beginning_after("d", holders) == ("f", "b", "d")
+    assert beginning_after("z", holders) == holders
+    assert beginning_after("z", ()) == ()
 
 
 @pytest.mark.slow

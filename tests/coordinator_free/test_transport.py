@@ -20,6 +20,7 @@ import pytest
 
 from coordinator_free import tokens
 from coordinator_free.contact import Contact
+from coordinator_free.limits import Limiter, Limits
 from coordinator_free.tls import ServerCertificate
 from coordinator_free.transport import (
     MAX_CALLS_PER_SENDER,
@@ -207,6 +208,66 @@ async def test_exchange_carries_large_frames_both_ways_and_ends_politely(
     total = sum(map(len, frames))
     assert (client.bytes_sent, client.bytes_received) == (total, total)
     assert (peer.server.bytes_sent, peer.server.bytes_received) == (total, total)
+
+
+class Counting(Limiter):
+    """Lets everything pass, and knows what asked."""
+
+    def __init__(self) -> None:
+        super().__init__(0.0, lambda: 0.0)
+        self.passed = 0
+
+    def note(self, nbytes: int) -> None:
+        self.passed += nbytes
+
+    async def acquire(self, nbytes: int) -> None:
+        self.passed += nbytes
+
+
+def counting() -> Limits:
+    limits = Limits()
+    limits.up, limits.down = Counting(), Counting()
+    return limits
+
+
+async def test_limits_see_every_byte_that_passes() -> None:
+    of_server, of_client = counting(), counting()
+    async with (
+        serving(limits=of_server) as peer,
+        Client(Identity.generate(), RUN, limits=of_client) as client,
+    ):
+        await by_deliver(client, peer.contact)
+        await by_fetch(client, peer.contact)
+        async with client.exchange(peer.contact) as stream:
+            await stream.send(bytes(MIB), PLENTY_S)
+            assert await stream.receive(PLENTY_S) == bytes(MIB)
+            await stream.done_sending(PLENTY_S)
+            assert await stream.receive(PLENTY_S) is None
+        for limits, end in ((of_server, peer.server), (of_client, client)):
+            assert isinstance(limits.up, Counting)
+            assert isinstance(limits.down, Counting)
+            assert limits.up.passed == end.bytes_sent > MIB
+            assert limits.down.passed == end.bytes_received > MIB
+
+
+async def test_a_stream_waits_for_its_limit(peer: Peer) -> None:
+    limits, slept = Limits(), []
+    now = 0.0
+
+    async def sleep(seconds: float) -> None:
+        nonlocal now
+        slept.append(seconds)
+        now += seconds
+
+    limits.up = Limiter(1e6, lambda: now, sleep)
+    async with (
+        Client(Identity.generate(), RUN, limits=limits) as client,
+        client.exchange(peer.contact) as stream,
+    ):
+        for _ in range(10):
+            await stream.send(bytes(MIB), PLENTY_S)
+            assert await stream.receive(PLENTY_S) is not None
+    assert sum(slept) == pytest.approx(9 * MIB / 1e6, rel=0.02)
 
 
 async def test_several_tasks_may_send_on_one_exchange(peer: Peer, client: Client) -> None:
