@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 LINK_FILE_S = 120.0
 STOP_S = 30.0
-CODECS = ("fp32", "bf16", "int8", "int4")
+CODECS = ("fp32", "bf16", "int8", "int4", "int2")
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -180,8 +180,8 @@ def _json(command: _Command) -> _Command:
     )(command)
 
 
-def _node_options(command: _Command) -> _Command:
-    """The options that `create` and `join` share."""
+def _network_options(command: _Command) -> _Command:
+    """The options of all who take part in a run."""
     options = [
         click.option(
             "--home",
@@ -210,12 +210,22 @@ def _node_options(command: _Command) -> _Command:
             help="TCP port for exchanging tensors.",
         ),
         click.option(
-            "--serve-mbps",
+            "--upload-limit",
+            "upload_mbps",
             type=_Number(0),
             default=0,
-            show_default="no cap",
-            help="Most megabits per second for newcomers that download the model from this peer; "
-            "what training itself sends is not capped.",
+            show_default="none",
+            metavar="MBPS",
+            help="Most megabits per second sent, over all connections.",
+        ),
+        click.option(
+            "--download-limit",
+            "download_mbps",
+            type=_Number(0),
+            default=0,
+            show_default="none",
+            metavar="MBPS",
+            help="Most megabits per second received, over all connections.",
         ),
         click.option(
             "--announce-host",
@@ -224,6 +234,26 @@ def _node_options(command: _Command) -> _Command:
             metavar="NAME",
             help="Host name or IP address under which others reach this machine; needs --port. "
             "May be repeated.",
+        ),
+        _json,
+        _verbose,
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _node_options(command: _Command) -> _Command:
+    """The options that `create` and `join` share."""
+    options = [
+        _network_options,
+        click.option(
+            "--serve-mbps",
+            type=_Number(0),
+            default=0,
+            show_default="no cap",
+            help="Most megabits per second for newcomers that download the model from this peer; "
+            "what training itself sends is not capped.",
         ),
         click.option(
             "--data",
@@ -259,8 +289,6 @@ def _node_options(command: _Command) -> _Command:
             type=click.Path(path_type=Path),
             hidden=True,
         ),
-        _json,
-        _verbose,
     ]
     for option in reversed(options):
         command = option(command)
@@ -355,6 +383,58 @@ def join(link: str | None, link_file: Path | None, **options: Any) -> int:
             parsed = wait_for_link_file(link_file, LINK_FILE_S, should_stop=lambda: False)
         assert parsed is not None
         return _run_node(node_options, link=parsed)
+
+
+@cli.command()
+@click.argument("link")
+@click.option(
+    "--threads",
+    type=click.IntRange(1, 4096),
+    help="Processor threads for adding up; default: all but one.",
+)
+@_network_options
+def assist(link: str, **options: Any) -> int:
+    r"""Help a run without training: add up for peers behind slow links.
+
+    Needs no GPU and no data, but a good link that others can dial. LINK is what 'shoal create'
+    printed; put it in quotes. Runs until you press Ctrl-C, and may come and go at any time.
+
+    \b
+    Example:
+        shoal assist 'shoal://5f0c...?peer=/ip4/203.0.113.7/tcp/4001/p2p/12D3...'
+    """
+    parsed = Link.parse(link)
+    _check_way(options)
+    with _claim(options["home"], None, parsed.run_id) as home:
+        from peer import output
+        from peer.assist import AssistConfig, Helper
+        from peer.network import NetworkConfig
+
+        helpers: list[Helper] = []
+
+        def leave() -> None:  # nobody reads our output any more
+            for one in helpers:
+                one.stop()
+
+        helper = Helper(
+            AssistConfig(
+                network=NetworkConfig(
+                    identity_path=home.identity_path,
+                    host=options["host"],
+                    port=options["port"],
+                    announce_hosts=options["announce_hosts"],
+                    link=parsed,
+                ),
+                grpc_port=options["grpc_port"],
+                upload_bps=_bps(options["upload_mbps"]),
+                download_bps=_bps(options["download_mbps"]),
+                workers=options["threads"] or max(1, (os.cpu_count() or 2) - 1),
+            ),
+            home,
+            output.lines(json=options["json"], on_broken=leave),
+        )
+        helpers.append(helper)
+        return helper.run()
 
 
 @cli.command()
@@ -511,8 +591,12 @@ def stop(home: Path | None, peer: str | None) -> int:
         for path in [path for path in asked if not is_running(path)]:
             click.echo(f"stopped process {asked.pop(path)}")
         time.sleep(0.05)
-    for pid in asked.values():
-        _note(f"process {pid} has not ended within {STOP_S:.0f} s: kill {pid}")
+    for path, pid in asked.items():
+        row = _look(path)
+        if row is not None and row.phase == "saving":
+            _note(f"process {pid} is still saving the model, and ends when that is done")
+        else:
+            _note(f"process {pid} has not ended within {STOP_S:.0f} s: kill {pid}")
     return 1 if asked else 0
 
 
@@ -567,13 +651,7 @@ def _taking_part(
         published: the run file that `create` publishes, None for `join`.
         run_id: what `join` joins, where that is known already.
     """
-    for host in options["announce_hosts"]:
-        host_component(host)
-    if options["announce_hosts"] and not options["port"]:
-        raise ConfigError(
-            "--announce-host needs --port: the port under which others reach this machine"
-        )
-    _check_bind_host(options["host"])
+    _check_way(options)
     _check_data(options["data"])
     if not options["device"].strip():
         raise ConfigError("--device is empty: use auto, cpu, cuda or cuda:1")
@@ -635,7 +713,9 @@ def _run_node(
             ),
             run_file=run_file,
             grpc_port=options["grpc_port"],
-            serve_mbps=options["serve_mbps"],
+            serve_bps=_bps(options["serve_mbps"]),
+            upload_bps=_bps(options["upload_mbps"]),
+            download_bps=_bps(options["download_mbps"]),
             link_file=link_file,
             new=new,
             data=str(options["data"].resolve()) if options["data"] else "",
@@ -705,6 +785,40 @@ def _look(home: Path) -> Status | None:
     forget_dead(home)
     _note(f"the daemon in {home} (process {daemon.pid}) was killed; cleaned up")
     return None
+
+
+def _check_way(options: dict[str, Any]) -> None:
+    """Where others are told to find this peer, and where it listens."""
+    _check_announced(options["announce_hosts"])
+    if options["announce_hosts"] and not options["port"]:
+        raise ConfigError(
+            "--announce-host needs --port: the port under which others reach this machine"
+        )
+    _check_bind_host(options["host"])
+
+
+def _bps(mbps: float) -> float:
+    """Bytes per second."""
+    return mbps * 1e6 / 8
+
+
+def _check_announced(hosts: tuple[str, ...]) -> None:
+    """What is said to others must fit into a seat of a roster, which is in every outcome."""
+    from coordinator_free.messages import MAX_HOSTS, MAX_HOSTS_CHARACTERS
+
+    for host in hosts:
+        host_component(host)
+    if len(hosts) > MAX_HOSTS:
+        raise ConfigError(
+            f"--announce-host is given {len(hosts)} times, at most {MAX_HOSTS} are possible: keep "
+            "those under which most can reach this machine"
+        )
+    characters = sum(map(len, hosts))
+    if characters > MAX_HOSTS_CHARACTERS:
+        raise ConfigError(
+            f"the names after --announce-host have {characters} characters in all, at most "
+            f"{MAX_HOSTS_CHARACTERS} are possible: keep fewer, or shorter ones"
+        )
 
 
 def _check_bind_host(host: str) -> None:

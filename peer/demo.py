@@ -38,6 +38,7 @@ from peer import display, runfile
 from peer.chaos import Action, Chaos, Deed
 from peer.events import ChaosEvent, DiedEvent, LineWriter, MemoryUse, SummaryEvent
 from peer.link import MAX_PEERS, Link
+from peer.signals import heeded
 from peer.status import Status
 from peer.supervision import LOCK_NAME
 
@@ -196,7 +197,7 @@ class Demo:
     async def run(self) -> int:
         """Start the peers, watch them to the end, sum up."""
         self._loop = asyncio.get_running_loop()
-        for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for ending in heeded():
             self._loop.add_signal_handler(ending, self._on_signal)
         run_path = self._folder / "run.toml"
         run_path.write_text(self._run_file(), encoding="utf-8")
@@ -285,7 +286,9 @@ class Demo:
             tasks.create_task(self._read_errors(child))
             status = await process.wait()
         child.exit_status = status
-        if child.died and not self._stops:
+        # With chaos the run has no last round of its own: who is done early has left it as well.
+        left = self._chaos is not None and status == 0 and child.done is None
+        if (child.died or left) and not self._stops:
             self._on_death(child)
 
     async def _read_events(self, child: Child) -> None:
@@ -373,7 +376,9 @@ class Demo:
         elif not self._table:
             self._writer.line(f"peer {child.number} died ({_how(status)}): {reason}")
         started = any(other.status.step or other.digests for other in self._children)
-        if not started:  # the first round waits for all: it would never come
+        # The first round waits for all: it would never come. And with chaos a peer that ends by
+        # itself is the failure that was looked for; to go on without it would hide the reason.
+        if not started or self._chaos is not None:
             self._stop_all()
         self._plain_rounds()
 

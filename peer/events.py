@@ -11,7 +11,8 @@
     {"event": "summary", ...}    last line of `shoal demo`
 
 Guarantees: every line is valid JSON (a loss that is not finite is null, never NaN), written whole
-and flushed, whichever thread writes; a reader that goes away is noticed once and never raises.
+and flushed, whichever thread writes; a reader that goes away is noticed once, and neither that nor
+a file that finds no room raises: its line is lost, or comes with a later one, and training goes on.
 Digests are lower-case hex, losses nats per token, sizes bytes, times seconds.
 """
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import sys
@@ -26,6 +28,8 @@ import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Protocol
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,8 +177,29 @@ class SummaryEvent:
     faults: int = 0
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AssistedEvent:
+    """This peer reduced its share of an exchange, without a seat in the run.
+
+    Attributes:
+        peer: peer id.
+        round: whose exchange it was.
+        seconds: that it took.
+        bytes_sent: since the start, of any kind.
+        bytes_received: the same, the other way.
+    """
+
+    event: ClassVar[str] = "assisted"
+    peer: str
+    round: int
+    seconds: float
+    bytes_sent: int
+    bytes_received: int
+
+
 Event = (
     RoundEvent
+    | AssistedEvent
     | DoneEvent
     | LinkEvent
     | JoinedEvent
@@ -216,6 +241,7 @@ class LineWriter:
         self._on_broken = on_broken
         self._lock = threading.Lock()
         self._broken = False
+        self._complained = False
 
     @property
     def broken(self) -> bool:
@@ -223,7 +249,7 @@ class LineWriter:
         return self._broken
 
     def line(self, text: str) -> None:
-        """Write `text` and a line's end; dropped when the reader has gone away."""
+        """Write `text` and a line's end; dropped where there is no reader, or no room."""
         with self._lock:
             if self._broken:
                 return
@@ -231,8 +257,13 @@ class LineWriter:
                 self._stream.write(text + "\n")
                 self._stream.flush()
                 return
-            except (BrokenPipeError, ValueError):  # ValueError: the stream was closed
+            except (BrokenPipeError, ConnectionResetError, ValueError):  # the last: it was closed
                 self._broken = True
+            except OSError as error:  # a full disk, above all: somebody may make room
+                complain, self._complained = not self._complained, True
+                if complain:
+                    logger.warning("events.lines_lost reason=%r", error.strerror)
+                return
         silence_stdout()
         self._on_broken()
 

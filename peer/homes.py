@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import signal
 import time
@@ -31,6 +32,8 @@ from types import TracebackType
 
 from dht.errors import ConfigError
 from peer.files import write_whole
+
+logger = logging.getLogger(__name__)
 
 MAX_SLOTS = 256
 RUNS = "runs"
@@ -113,8 +116,15 @@ class Home:
         return None
 
     def publish(self, daemon: DaemonFile) -> None:
-        """Tell `shoal status` and `shoal stop` how to reach this daemon."""
-        write_whole(self.path / "daemon.json", json.dumps(asdict(daemon)).encode())
+        """Tell `shoal status` and `shoal stop` how to reach this daemon.
+
+        Where there is no room for that, they see no more than that it runs, and it does.
+        """
+        path = self.path / "daemon.json"
+        try:
+            write_whole(path, json.dumps(asdict(daemon)).encode())
+        except OSError as error:
+            logger.warning("homes.not_published path=%s reason=%r", path, error.strerror)
 
     def release(self) -> None:
         """Give the folder back. May be called twice."""
@@ -150,8 +160,9 @@ def claim_slot(root: Path, run_file: bytes | None = None, run_id: str = "") -> H
     """Claim the best free `peer-N` below `root`, the first of several as good.
 
     Best is the one that created a run from this very run file, or took part in the run to join, for
-    it can go back to it; then one that remembers no run; then one that took part in others; last,
-    one whose own run is forgotten thereby.
+    it can go back to it; of those, whoever created that run comes last, as it may be created again.
+    Then one that remembers no run; then one that took part in others; last, one whose own run is
+    forgotten thereby.
 
     Args:
         root: made where needed.
@@ -163,16 +174,17 @@ def claim_slot(root: Path, run_file: bytes | None = None, run_id: str = "") -> H
     """
 
     def rank(path: Path) -> int:
-        if not (path / "run").exists():
-            if run_id and (path / RUNS / run_id).is_dir():
-                return 0
-            return 2 if any((path / RUNS).glob("*")) else 1
+        created = (path / "run").exists()
+        if run_id and (path / RUNS / run_id).is_dir():
+            return 1 if created else 0
+        if not created:
+            return 3 if any((path / RUNS).glob("*")) else 2
         if run_file is None:
-            return 3
+            return 4
         from peer.memory import Memory  # not for `shoal status`, which shall answer at once
 
         run = Memory(path).run()
-        return 0 if run is not None and run.run_file == run_file else 3
+        return 0 if run is not None and run.run_file == run_file else 4
 
     # Looked at without a lock, as a lock for a look would drive others that start now elsewhere.
     for path in sorted((root / f"peer-{slot}" for slot in range(MAX_SLOTS)), key=rank):

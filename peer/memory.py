@@ -6,8 +6,9 @@
     port     where it listened for the DHT: with the same one again, old links stay good and the
              others find it back by themselves
 
-Guarantees: written whole or not at all; what is read back is checked like anything from a stranger.
-Not guaranteed: that those peers still live. Checkpoints are `coordinator_free.checkpoints`' own.
+Guarantees: written whole or not at all, and there after a power cut; what is read back is checked
+like anything from a stranger. Not guaranteed: that those peers still live. Checkpoints are
+`coordinator_free.checkpoints`' own.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ import logging
 import socket
 from pathlib import Path
 
-from dht.errors import RecordError
-from dht.records import MAX_ADDRESSES, SignedRun, peer_id_of
-from peer.files import write_whole
+from dht.errors import ConfigError, RecordError
+from dht.records import MAX_ADDRESSES, SignedRun
+from peer.files import sync_folder, write_whole
 from peer.homes import RUNS
+from peer.link import check_multiaddr
 
 logger = logging.getLogger(__name__)
 
@@ -73,8 +75,11 @@ class Memory:
     def keep_resumable(self, run: SignedRun) -> None:
         """Remember a run that this peer takes part in, for the time when it has a checkpoint."""
         folder = self.run_folder(run.run_id)
-        with contextlib.suppress(OSError):  # told by what cannot be written into it
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not folder.is_dir():
+            with contextlib.suppress(OSError):  # told by what cannot be written into it
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for parent in list(folder.parents)[:2]:  # `runs` and the peer's own folder
+                sync_folder(parent)
         _write(folder / "run", run.to_bytes())
 
     def peers(self, run_id: str) -> tuple[str, ...]:
@@ -82,15 +87,19 @@ class Memory:
         try:
             kept = json.loads(_read(self._peers))
             addresses = kept["peers"] if kept["run"] == run_id else []
-            return tuple(a for a in addresses if isinstance(a, str) and peer_id_of(a) is not None)
+            return tuple(a for a in addresses if isinstance(a, str) and _usable(a))
         except (OSError, ValueError, KeyError, TypeError) as error:
             logger.debug("memory.no_peers %s", error)
             return ()
 
     def keep_peers(self, run_id: str, addresses: tuple[str, ...]) -> None:
-        """Remember who else is in a run, in place of whoever was remembered before."""
-        kept = {"run": run_id, "peers": addresses[:_MAX_PEERS]}
-        _write(self._peers, json.dumps(kept).encode())
+        """Remember who else is in a run, in place of whoever was remembered before.
+
+        What strangers wrote into their records and nobody can dial takes nobody's place.
+        """
+        usable = [address for address in addresses if _usable(address)][:_MAX_PEERS]
+        if usable:
+            _write(self._peers, json.dumps({"run": run_id, "peers": usable}).encode())
 
     def port(self, host: str) -> int:
         """The port of last time if it is free on this address; 0, which is any, if not."""
@@ -108,6 +117,14 @@ class Memory:
     def keep_port(self, port: int) -> None:
         """Remember where this peer listens."""
         _write(self._port, str(port).encode())
+
+
+def _usable(address: str) -> bool:
+    try:
+        check_multiaddr(address)
+    except ConfigError:
+        return False
+    return True
 
 
 def _read(path: Path) -> bytes:

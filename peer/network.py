@@ -9,6 +9,9 @@
     stop()   ---------------------------->  leave politely
     join()   <--------------------------    everything closed
 
+Peers that cannot connect to each other directly are carried by the directory's libp2p daemon, or by
+that of a third peer; a session uses the directory for that by itself.
+
 Guarantees: no call here waits for ever once `stop` was called or the network has failed; whatever
 ends the loop ends up in `failure` as one `SwarmError`, and the training thread is woken. Not
 guaranteed: that `stop` gets through to a partner that does not answer; the caller has a watchdog.
@@ -26,7 +29,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from coordinator_free.contact import Contact
 from coordinator_free.transport import Client
@@ -72,8 +75,8 @@ class ReachableDirectory(Directory, Protocol):
         ...
 
 
-class SwarmSession(Protocol):
-    """What a daemon needs of `coordinator_free.session.Session`."""
+class Running(Protocol):
+    """What takes part in a run, in the network's loop."""
 
     async def run(
         self,
@@ -86,16 +89,20 @@ class SwarmSession(Protocol):
         """Found the swarm with `initial_N`, or join it; return when stopped or finished."""
         ...
 
+    def stop(self) -> None:
+        """Leave politely."""
+        ...
+
+
+class SwarmSession(Running, Protocol):
+    """What a daemon that trains needs of `coordinator_free.session.Session`."""
+
     def next_assignment(self) -> Assignment | None:
         """The next round's work, or None when finished or stopped."""
         ...
 
     def submit(self, local_N: Tensor, samples: int, /) -> RoundResult:
         """Hand in the work; return when its round is committed."""
-        ...
-
-    def stop(self) -> None:
-        """Leave politely."""
         ...
 
     def finish_after(self, round: int, /) -> None:
@@ -113,7 +120,8 @@ class SwarmSession(Protocol):
 
 
 OpenDirectory = Callable[[KademliaConfig], AbstractAsyncContextManager[ReachableDirectory]]
-MakeSession = Callable[["SessionConfig", Identity, Directory], SwarmSession]
+_S = TypeVar("_S", bound=Running)
+MakeSession = Callable[["SessionConfig", Identity, Directory], _S]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,6 +136,7 @@ class NetworkConfig:
         link: the run to join; None to create one.
         known_peers: addresses of an earlier time, to be tried as well.
         may_be_first: take part also if no address of the link answers: the first to come back.
+        relay: carry the connections of others who cannot reach each other.
     """
 
     identity_path: Path
@@ -137,6 +146,7 @@ class NetworkConfig:
     link: Link | None = None
     known_peers: tuple[str, ...] = ()
     may_be_first: bool = False
+    relay: bool = True
 
     def __post_init__(self) -> None:
         if self.announce_hosts and not self.port:
@@ -156,10 +166,11 @@ class NetworkConfig:
             ),
             initial_peers=() if self.may_be_first else named,
             hints=(*named, *self.known_peers) if self.may_be_first else self.known_peers,
+            relay=self.relay,
         )
 
 
-class Network:
+class Network(Generic[_S]):
     """The network thread. One `start`, then `found`, `begin`, and `join` at the end.
 
     Args:
@@ -185,7 +196,7 @@ class Network:
         identity: Identity,
         *,
         open_directory: OpenDirectory = KademliaDirectory.open,
-        make_session: MakeSession,
+        make_session: MakeSession[_S],
         control: ControlServer | None = None,
         on_control: Callable[[], None] = lambda: None,
         on_run: Callable[[SignedRun, Link], None] = lambda run, link: None,
@@ -204,12 +215,12 @@ class Network:
         self._thread = threading.Thread(target=self._live, name="network", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._main: asyncio.Task[None] | None = None
-        self._running: SwarmSession | None = None
+        self._running: Running | None = None
         self._stopping = threading.Event()
         self._found: concurrent.futures.Future[SignedRun | None] = concurrent.futures.Future()
         self._order: concurrent.futures.Future[tuple[SessionConfig, Tensor | None, float]]
         self._order = concurrent.futures.Future()
-        self._session: concurrent.futures.Future[SwarmSession | None] = concurrent.futures.Future()
+        self._session: concurrent.futures.Future[_S | None] = concurrent.futures.Future()
         self._publish: SignedRun | None = None
         self._maddrs: tuple[str, ...] = ()
         self._link: Link | None = None
@@ -240,7 +251,7 @@ class Network:
 
     def begin(
         self, config: SessionConfig, initial_N: Tensor | None, rejoin_s: float = 0.0
-    ) -> SwarmSession | None:
+    ) -> _S | None:
         """Let the session run; None when stopped meanwhile.
 
         Args:
@@ -346,7 +357,7 @@ class Network:
             ConfigError: it does, and nobody else is known from an earlier time.
         """
         link, me = self._config.link, self._identity.peer_id
-        if link is None or self._config.known_peers:
+        if link is None or self._config.known_peers or self._config.may_be_first:
             return
         if all(maddr.endswith(f"/p2p/{me}") for maddr in link.peers):
             raise ConfigError(

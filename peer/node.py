@@ -1,8 +1,10 @@
 """A daemon: one process that trains in its main thread and talks to the swarm in another.
 
 Guarantees: the first Ctrl-C, SIGTERM, `shoal stop` or broken pipe makes it leave politely, the
-second Ctrl-C at once, and a polite leave that takes too long is cut short; either way the folder's
-lock and `daemon.json` are given back and the libp2p daemon goes with the process. What a run file
+second Ctrl-C at once, and a polite leave that takes too long is cut short, but for a checkpoint
+that is being written: that has the time it takes. Either way the folder's lock and `daemon.json`
+are given back and the libp2p daemon goes with the process. A signal that was ignored when the
+process started (`nohup`) stays ignored. What a run file
 from the swarm says never opens a text of this machine: its data are read from where the person
 says. Not guaranteed: that a leave cut short is noticed by the others before their own time-outs.
 """
@@ -18,7 +20,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -27,6 +29,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from coordinator_free.handoff import RoundResult, SessionClosed
+from coordinator_free.memory import empty_vector
 from coordinator_free.session import Session, SessionConfig
 from coordinator_free.transport import probe_bind
 from dht.errors import ConfigError, RoundError, SwarmError
@@ -45,6 +48,7 @@ from peer.link import Link, remove_link_file, write_link_file
 from peer.memory import Memory
 from peer.network import MakeSession, Network, NetworkConfig, OpenDirectory, SwarmSession
 from peer.output import Output
+from peer.signals import heeded
 from peer.status import Status
 from peer.supervision import Supervision
 
@@ -53,9 +57,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FINISH_S = 20.0  # longest wait for others at the run's end
+FINISH_S = 20.0  # longest wait for others at the run's end; a save in progress does not count
 REJOIN_S = 10.0  # how long a restarted creator looks for those who went on without it
-POLITE_S = 8.0  # longest polite leave: `docker stop` kills after 10 s
+POLITE_S = 8.0  # longest polite leave, the same: `docker stop` kills after 10 s
+MAX_WORKERS = 8  # threads that encode, add up and hash: more than the fastest link needs
+WAIT_S = 0.1  # between two looks whether the last checkpoint is still being written
 _JOINED_SOURCE = "the run's file, as published,"
 
 
@@ -67,7 +73,9 @@ class NodeConfig:
         network: how it takes part; its `link` says what to join.
         run_file: the run to create, None to join.
         grpc_port: of the data plane; 0 = a free one.
-        serve_mbps: most megabits per second for newcomers' downloads of the model; 0 = no cap.
+        serve_bps: most bytes per second for newcomers' downloads of the model; 0 = no cap.
+        upload_bps: most bytes per second sent in all; 0 = no limit.
+        download_bps: the same, received.
         new: create a new run even if this peer created one from the same file before.
         link_file: where to write the join link; None for nowhere.
         data: where this machine has the run's data; empty: as the run file says.
@@ -80,7 +88,9 @@ class NodeConfig:
     network: NetworkConfig
     run_file: Path | None = None
     grpc_port: int = 0
-    serve_mbps: float = 0.0
+    serve_bps: float = 0.0
+    upload_bps: float = 0.0
+    download_bps: float = 0.0
     new: bool = False
     link_file: Path | None = None
     data: str = ""
@@ -110,7 +120,7 @@ class Node:
         *,
         supervision: Supervision | None = None,
         open_directory: OpenDirectory = KademliaDirectory.open,
-        make_session: MakeSession | None = None,
+        make_session: MakeSession[SwarmSession] | None = None,
     ) -> None:
         self._config = config
         self._home = home
@@ -166,9 +176,10 @@ class Node:
         if session is None:
             return dataclasses.replace(status, uptime_s=uptime_s)
         swarm = session.status()
+        over = status.phase in ("leaving", "done")
         return dataclasses.replace(
             status,
-            phase=status.phase or swarm.phase,
+            phase="saving" if over and swarm.saving else status.phase or swarm.phase,
             peers=len(swarm.members),
             bytes_sent=swarm.bytes_sent,
             bytes_received=swarm.bytes_received,
@@ -232,9 +243,27 @@ class Node:
 
     def _watch(self) -> None:
         os.read(self._watched, 1)  # told to stop; the second byte says that it is done
-        if not select.select([self._watched], [], [], POLITE_S)[0]:
+        if not self._wait(
+            lambda wait_s: bool(select.select([self._watched], [], [], wait_s)[0]), POLITE_S
+        ):
             logger.warning("node.leave_cut_short after_s=%g", POLITE_S)
             self.abandon(1)
+
+    def _wait(self, ended: Callable[[float], bool], limit_s: float) -> bool:
+        """Wait for an end; the time in which a checkpoint is being written does not count.
+
+        Args:
+            ended: waits for so many seconds; whether it has ended.
+            limit_s: for all else.
+        """
+        left_s = limit_s
+        while left_s > 0:
+            began = time.monotonic()
+            if ended(min(WAIT_S, left_s)):
+                return True
+            if self._session is None or not self._session.status().saving:
+                left_s -= time.monotonic() - began
+        return False
 
     def _take_part(self) -> None:
         if self._config.grpc_port:  # taken: better said before anybody is invited
@@ -258,7 +287,10 @@ class Node:
                 self._config.network.announce_hosts,
                 self._network.maddrs,
             ),
-            serve_bps=self._config.serve_mbps * 1e6 / 8,
+            serve_bps=self._config.serve_bps,
+            upload_bps=self._config.upload_bps,
+            download_bps=self._config.download_bps,
+            workers=_workers(trainer.device, self._config.threads),
             checkpoints=self._memory.run_folder(run.run_id),
             checkpoint_every=self._config.checkpoint_every,
             keep_checkpoints=self._config.keep_checkpoints,
@@ -375,7 +407,7 @@ class Node:
             speed = tokens / (time.monotonic() - began)
             self._update(step=step, train_loss=report.loss, tokens_per_s=speed)
         self._update(phase="")  # from here the session knows best
-        result = session.submit(trainer.read(), samples)
+        result = session.submit(trainer.read(empty_vector(trainer.numel)), samples)
         self._update(digest=result.digest, round=result.round + 1, step=0)
         if result.round != number:
             # The swarm went on while this peer was away; it has nothing to say about those rounds.
@@ -404,7 +436,12 @@ class Node:
         trainer.write(session.final_N)
         val_loss = trainer.evaluate()  # while the network sees to those who are not done yet
         self._update(phase="done", val_loss=val_loss)
-        if not self._network.join(FINISH_S) or self._network.failure is not None or self._stopped:
+        ended = self._wait(self._network.join, FINISH_S)
+        if not ended and not self._stopped:
+            logger.warning("node.finish_cut_short after_s=%g", FINISH_S)
+            self._network.stop()
+            ended = self._wait(self._network.join, POLITE_S)
+        if not ended or self._network.failure is not None or self._stopped:
             return
         final = session.status()
         self._output.event(
@@ -419,7 +456,7 @@ class Node:
     def _close(self) -> None:
         """End the network thread, politely if it still can."""
         self.stop()
-        self._network.join(POLITE_S)
+        self._wait(self._network.join, 2 * POLITE_S)  # the watchdog comes first
         os.write(self._leash, b".")
 
     # -- callbacks from the network thread
@@ -454,8 +491,7 @@ class Node:
                 self.abandon(130)
             self.stop()
 
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        before = {number: signal.signal(number, handle) for number in numbers}
+        before = {number: signal.signal(number, handle) for number in heeded()}
         try:
             yield
         finally:
@@ -465,6 +501,13 @@ class Node:
 
 def _session(config: SessionConfig, identity: Identity, directory: object) -> SwarmSession:
     return Session(config, identity=identity, directory=directory)  # type: ignore[arg-type]
+
+
+def _workers(device: torch.device, threads: int) -> int:
+    """Threads for the network: the cores that training leaves, and one where it takes them all."""
+    cores = os.cpu_count() or 1
+    training = threads or cores if device.type == "cpu" else 1
+    return max(1, min(MAX_WORKERS, cores - training))
 
 
 def _beside(run_file: Path, data: str) -> str:

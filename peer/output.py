@@ -16,6 +16,7 @@ from rich.text import Text
 
 from peer import display
 from peer.events import (
+    AssistedEvent,
     DoneEvent,
     Event,
     JoinedEvent,
@@ -72,6 +73,12 @@ class PlainOutput:
             case JoinedEvent():
                 self._writer.line(
                     f"peer {event.peer} is in run {event.run[:8]}, from round {event.round} on"
+                )
+            case AssistedEvent():
+                self._writer.line(
+                    f"round {event.round}: reduced a share in {event.seconds:.1f} s, "
+                    f"{display.human_bytes(event.bytes_sent)} sent and "
+                    f"{display.human_bytes(event.bytes_received)} received so far"
                 )
             case DoneEvent() | LeftEvent():
                 self._writer.line(farewell(event))
@@ -151,5 +158,10 @@ def choose(*, json: bool, on_broken: Callable[[], None]) -> Output:
     """
     if not json and sys.stdout.isatty():
         return LiveOutput()
+    return lines(json=json, on_broken=on_broken)
+
+
+def lines(*, json: bool, on_broken: Callable[[], None]) -> Output:
+    """Without the table, for those who have none to show; as `choose`."""
     writer = LineWriter(sys.stdout, on_broken)
     return JsonOutput(writer) if json else PlainOutput(writer)

@@ -35,6 +35,9 @@ class FakeSession:
         self.stopped = threading.Event()
         self.politely = False
         self.fail: Exception | None = None
+        self.save_s = 0.0  # how long the last checkpoint takes
+        self.saving = False
+        self.hangs = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._over = asyncio.Event()
         self._work: queue.SimpleQueue[Assignment | None] = queue.SimpleQueue()
@@ -55,8 +58,11 @@ class FakeSession:
             self._assign()
             await self._over.wait()
         finally:
+            self.saving = self.save_s > 0 and not self.hangs
             self.stopped.set()
             self._work.put(None)
+            await asyncio.sleep(self.save_s)
+            self.saving = False
 
     def _assign(self) -> None:
         closing = threading.Event()
@@ -114,6 +120,7 @@ class FakeSession:
             samples=0,
             bytes_sent=100,
             bytes_received=200,
+            saving=self.saving,
         )
 
     @property
@@ -129,6 +136,8 @@ class FakeSwarm:
         self.sessions: list[FakeSession] = []
         self.configs: list[KademliaConfig] = []
         self.fail: Exception | None = None
+        self.save_s = 0.0
+        self.hangs = False  # at the end, and not because it saves
 
     def open_directory(self, config: KademliaConfig) -> Any:
         @contextlib.asynccontextmanager
@@ -144,6 +153,8 @@ class FakeSwarm:
     def make_session(self, config: SessionConfig, identity: Identity, directory: Any) -> Any:
         session = FakeSession(config)
         session.fail = self.fail
+        session.save_s = self.save_s
+        session.hangs = self.hangs
         self.sessions.append(session)
         return session
 

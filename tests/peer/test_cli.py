@@ -127,6 +127,14 @@ def test_a_wrong_argument_is_named(
     [
         (["--announce-host", "a b", "--port", "1"], "neither an IP address nor a host name"),
         (["--announce-host", "example.org"], "--announce-host needs --port"),
+        (
+            [f"--announce-host=a{n}" for n in range(17)] + ["--port", "1"],
+            "--announce-host is given 17 times, at most 16 are possible",
+        ),
+        (
+            [f"--announce-host={n}{'.long' * 40}" for n in range(3)] + ["--port", "1"],
+            "have 603 characters in all, at most 512",
+        ),
         (["--host", "localhost"], "not an IP address"),
         (["--device", ""], "--device is empty: use auto"),
         (["--data", "empty.txt"], "empty.txt is empty"),

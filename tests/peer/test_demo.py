@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import signal
+import sys
+import time
 from typing import Any
 
 import pytest
 
-from dht.errors import ConfigError
-from peer.demo import Child, Demo, DemoConfig, judge, memory_use
+from dht.errors import ConfigError, SwarmError
+from peer.demo import Child, Demo, DemoConfig, judge, memory_use, run_demo
 
 
 def child(number: int, digests: str, exit_status: int = 0, done: str = "") -> Child:
@@ -86,6 +90,73 @@ def test_memory_is_compared_between_the_first_and_the_last_quarter() -> None:
 def test_chaos_needs_a_majority_to_be_left(tmp_path: Any) -> None:
     with pytest.raises(ConfigError, match="--peers 3 or more"):
         Demo(DemoConfig(peers=2, chaos=True), tmp_path)
+
+
+# A peer that completes a round every tenth of a second until it is told to leave, or ends before.
+PEER = """
+import json, sys, threading, time
+number, ends = sys.argv[1:]
+told = threading.Event()
+def listen():
+    sys.stdin.readline()
+    told.set()
+threading.Thread(target=listen, daemon=True).start()
+if ends != "never":
+    time.sleep(0.5)
+    print("shoal join: boom", file=sys.stderr)
+    sys.exit(int(ends))
+for round in range(1000):
+    event = {"event": "round", "peer": number, "round": round, "digest": "d"}
+    print(json.dumps({**event, "val_loss": 1 / (round + 1)}), flush=True)
+    if told.wait(0.1):
+        break
+"""
+
+
+def start_played(ends: str) -> Any:
+    """Peers of which the second ends by itself before its first round, with this exit status."""
+
+    async def start(self: Demo, number: int, *command: str) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", PEER, str(number), ends if number == 1 else "never"),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("ends", "says"),
+    [("1", r"died that was not killed.*exit status 1.*boom"), ("0", "did not come to its end")],
+)
+def test_with_chaos_a_peer_that_ends_by_itself_is_the_end_and_the_failure_that_it_is(
+    monkeypatch: pytest.MonkeyPatch, ends: str, says: str
+) -> None:
+    monkeypatch.setattr(Demo, "_start", start_played(ends))
+    began = time.monotonic()
+    with pytest.raises(SwarmError, match=says):
+        run_demo(DemoConfig(peers=3, minutes=60, chaos=True, seed=1, json=True))
+    assert time.monotonic() - began < 20
+
+
+def test_a_demo_under_nohup_outlives_its_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    handled: list[int] = []
+    monkeypatch.setattr(Demo, "_start", start_played("1"))
+    monkeypatch.setattr(
+        asyncio.SelectorEventLoop,
+        "add_signal_handler",
+        lambda loop, number, *_: handled.append(number),
+    )
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with pytest.raises(SwarmError):
+            run_demo(DemoConfig(peers=3, chaos=True, seed=1, json=True))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert signal.SIGHUP not in handled
+    assert signal.SIGTERM in handled
 
 
 def test_chaos_ends_by_order_and_not_by_the_run_file(tmp_path: Any) -> None:

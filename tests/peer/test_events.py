@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import json
 import threading
+from typing import Any
 
 import pytest
 
@@ -84,6 +87,56 @@ def test_a_reader_that_goes_away_is_noticed_once() -> None:
     writer.event(ROUND)
     assert noticed == ["gone"]
     assert writer.broken
+
+
+class Disk(io.RawIOBase):
+    """A file on a disk with little room."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.held = b""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        fits = bytes(data)[: self.room]
+        if not fits:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.room -= len(fits)
+        self.held += fits
+        return len(fits)
+
+
+def test_a_full_disk_ends_nobody_and_leaves_lines_whole(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    disk = Disk(room=20)
+    noticed: list[str] = []
+    stream = io.TextIOWrapper(io.BufferedWriter(disk, 100), write_through=False)
+    writer = LineWriter(stream, lambda: noticed.append("gone"))
+    for number in range(100):
+        writer.line(f"line {number}")
+    assert not writer.broken
+    assert [record.levelname for record in caplog.records] == ["WARNING"]  # said once
+    assert "No space left" in caplog.text
+    disk.room = 10_000
+    writer.line("the last")
+    lines = disk.held.decode().splitlines()
+    assert lines[0] == "line 0"
+    assert lines[-1] == "the last"
+    assert set(lines) <= {f"line {number}" for number in range(100)} | {"the last"}
+    assert noticed == []
+
+
+def test_a_full_device_is_no_reader_that_went_away() -> None:
+    stream = open("/dev/full", "w")  # noqa: SIM115 - closing it raises
+    writer = LineWriter(stream)
+    writer.event(ROUND)
+    writer.event(ROUND)
+    assert not writer.broken
+    with contextlib.suppress(OSError):
+        stream.close()
 
 
 def test_lines_of_many_threads_stay_whole() -> None:

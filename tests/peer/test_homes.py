@@ -79,6 +79,27 @@ def test_a_folder_goes_to_who_comes_back_to_its_run(tmp_path: Path) -> None:
     assert taken("") == ["peer-2", "peer-3"]
 
 
+def test_a_creator_that_joins_its_run_again_gets_the_folder_with_its_checkpoints(
+    tmp_path: Path,
+) -> None:
+    with Home.claim(tmp_path / "peer-1") as home:
+        identity = Identity.load_or_create(home.identity_path)
+        run = SignedRun.sign(identity, b"a = 1", 1.0)
+        Memory(home.path).keep_run(run)
+        Memory(home.path).keep_resumable(run)
+    with claim_slot(tmp_path, run_id=run.run_id) as own:
+        assert own.path.name == "peer-1"
+        with claim_slot(tmp_path, run_id=run.run_id) as other:
+            assert other.path.name == "peer-0"
+    assert Memory(tmp_path / "peer-1").run() == run
+    # One that joined it comes first: the creator may be on its way to create it again.
+    (tmp_path / "peer-2" / "runs" / run.run_id).mkdir(parents=True)
+    with claim_slot(tmp_path, run_id=run.run_id) as joiner:
+        assert joiner.path.name == "peer-2"
+        with claim_slot(tmp_path, b"a = 1") as creator:
+            assert creator.path.name == "peer-1"
+
+
 def test_a_remembered_run_is_given_up_before_a_start_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

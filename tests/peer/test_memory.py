@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 from pathlib import Path
 
@@ -68,6 +69,16 @@ def test_what_is_no_address_is_left_out(tmp_path: Path, identity: Identity) -> N
     assert Memory(tmp_path).peers(RUN_ID) == (good,)
 
 
+def test_what_a_stranger_made_up_takes_nobodys_place(tmp_path: Path, identity: Identity) -> None:
+    memory = Memory(tmp_path)
+    made_up = tuple(f"/foo/{n}/p2p/{identity.peer_id}" for n in range(100))
+    memory.keep_peers(RUN_ID, (*made_up, address(1, identity)))
+    assert memory.peers(RUN_ID) == (address(1, identity),)
+    # What an earlier version has kept.
+    (tmp_path / "peers").write_text(json.dumps({"run": RUN_ID, "peers": [*made_up]}))
+    assert memory.peers(RUN_ID) == ()
+
+
 def test_the_list_is_bounded(tmp_path: Path, identity: Identity) -> None:
     memory = Memory(tmp_path)
     memory.keep_peers(RUN_ID, tuple(address(1 + n, identity) for n in range(5000)))
@@ -108,6 +119,28 @@ def test_a_run_is_resumable_once_there_is_a_checkpoint_of_it(
     assert memory.resumable(run.run_id) is None
     (memory.run_folder(run.run_id) / "run").write_bytes(b"nonsense")
     assert memory.resumable(run.run_id) is None
+
+
+def test_a_run_is_on_the_disk_once_and_for_all(
+    tmp_path: Path, identity: Identity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint without its run is worth nothing after a power cut."""
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def noting(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}").removeprefix(str(tmp_path)))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    memory = Memory(tmp_path)
+    run = SignedRun.sign(identity, b"x", 1.0)
+    memory.keep_resumable(run)
+    folders = [name for name in synced if "/.run." not in name]
+    assert folders == ["/runs", "", f"/runs/{run.run_id}"]
+    assert len(synced) == 4
+    memory.keep_resumable(run)
+    assert len(synced) == 4
 
 
 def test_a_place_that_cannot_be_written_costs_only_the_memory(

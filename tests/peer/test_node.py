@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +176,16 @@ def test_missing_data_keep_a_run_from_being_published(
     assert swarm.network.runs == {}
 
 
+@contextlib.contextmanager
+def inherited(number: signal.Signals, handler: signal.Handlers) -> Iterator[None]:
+    """As if this process had been started like this."""
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_makes_it_leave_politely(
     make: Callable[..., Node],
@@ -182,15 +194,125 @@ def test_a_signal_makes_it_leave_politely(
     run_file: Path,
     number: signal.Signals,
 ) -> None:
-    before = signal.getsignal(number)
     run_file.write_text(run_file.read_text().replace("rounds = 2", "rounds = 0"))
     recorder.react = lambda kind: os.kill(os.getpid(), number) if kind == "round" else None
-    assert make(run_file=run_file).run() == 0
+    with inherited(number, signal.SIG_DFL):
+        assert make(run_file=run_file).run() == 0
+        assert signal.getsignal(number) == signal.SIG_DFL
     assert swarm.sessions[0].politely
     assert recorder.events[-1]["event"] == "left"
     assert recorder.events[-1]["rounds"] >= 1
     assert recorder.of("done") == []
-    assert signal.getsignal(number) == before
+
+
+def test_an_ignored_signal_stays_ignored(
+    make: Callable[..., Node], recorder: Recorder, run_file: Path
+) -> None:
+    """As under nohup, when the terminal goes."""
+    recorder.react = lambda kind: os.kill(os.getpid(), signal.SIGHUP)
+    with inherited(signal.SIGHUP, signal.SIG_IGN):
+        assert make(run_file=run_file).run() == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    assert recorder.events[-1]["event"] == "done"
+
+
+@pytest.fixture
+def slow_disk(swarm: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The last checkpoint takes longer than anything else may; returns who was cut short."""
+    swarm.save_s = 1.5
+    monkeypatch.setattr("peer.node.FINISH_S", 0.3)
+    monkeypatch.setattr("peer.node.POLITE_S", 0.3)
+    cut_short: list[int] = []
+    monkeypatch.setattr(Node, "abandon", lambda node, status: cut_short.append(status))
+    return cut_short
+
+
+def test_a_finished_run_has_the_time_to_save_its_model(
+    make: Callable[..., Node],
+    swarm: Any,
+    recorder: Recorder,
+    run_file: Path,
+    slow_disk: list[int],
+) -> None:
+    assert make(run_file=run_file).run() == 0
+    assert recorder.events[-1]["event"] == "done"
+    assert not swarm.sessions[0].saving
+    assert slow_disk == []
+
+
+def test_a_polite_leave_has_the_time_to_save_its_model(
+    make: Callable[..., Node],
+    swarm: Any,
+    recorder: Recorder,
+    run_file: Path,
+    slow_disk: list[int],
+) -> None:
+    run_file.write_text(run_file.read_text().replace("rounds = 2", "rounds = 0"))
+    node = make(run_file=run_file)
+    recorder.react = lambda kind: node.stop() if kind == "round" else None
+    assert node.run() == 0
+    assert recorder.events[-1]["event"] == "left"
+    assert not swarm.sessions[0].saving
+    assert slow_disk == []
+
+
+def test_a_leave_that_hangs_for_another_reason_is_cut_short(
+    make: Callable[..., Node], swarm: Any, run_file: Path, slow_disk: list[int]
+) -> None:
+    swarm.hangs, swarm.save_s = True, 10.0
+    make(run_file=run_file).run()
+    assert slow_disk == [1]
+
+
+def test_who_saves_says_so(make: Callable[..., Node], swarm: Any, run_file: Path) -> None:
+    swarm.save_s = 0.5
+    node = make(run_file=run_file)
+    phases: list[str] = []
+
+    def watch() -> None:
+        while not phases or swarm.sessions[0].saving:
+            if swarm.sessions and swarm.sessions[0].saving:
+                phases.append(node.status().phase)
+            time.sleep(0.02)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    assert node.run() == 0
+    watcher.join()
+    assert "saving" in phases
+
+
+def test_a_full_disk_costs_a_restart_only_how_it_can_be_asked(
+    make: Callable[..., Node],
+    recorder: Recorder,
+    run_file: Path,
+    home: Home,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def no_room(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("peer.homes.write_whole", no_room)
+    monkeypatch.setattr("peer.memory.write_whole", no_room)
+    assert make(run_file=run_file).run() == 0
+    assert recorder.events[-1]["event"] == "done"
+    assert "homes.not_published" in caplog.text
+    assert read_daemon_file(home.path) is None
+
+
+def test_a_creator_joins_its_own_run_again_from_its_disk(
+    make: Callable[..., Node], swarm: Any, recorder: Recorder, run_file: Path, corpus: Path
+) -> None:
+    """The link names nobody else: it was the last one, and is the first to come back."""
+    make(run_file=run_file).run()
+    (link,) = {event["link"] for event in recorder.of("link")}
+    parsed = Link.parse(link)
+    folder = swarm.sessions[0].config.checkpoints
+    (folder / "000000000001.checkpoint").touch()
+    swarm.network.runs.clear()
+    assert make(link=parsed, data=str(corpus)).run() == 0
+    assert recorder.of("done")[-1]["rounds"] == 2
 
 
 def test_status_and_stop_from_another_process_reach_it(

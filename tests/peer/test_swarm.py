@@ -405,3 +405,30 @@ def _is_frozen(pid: int) -> bool:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("T")
     return False
+
+
+def test_an_assistant_helps_slow_links_and_is_a_daemon_like_others(shoal: Shoal) -> None:
+    text = SMALL.format(rounds=0, start_peers=2, local_steps=2)
+    text = text.replace("width = 32", "width = 256") + 'codec = "fp32"\n'
+    (shoal.folder / "run.toml").write_text(text)
+    slow = ("--host", "127.0.0.1", "--upload-limit", "16", "--download-limit", "16", "--json")
+    first = shoal.start("create", "run.toml", *slow)
+    link = until(events(first.stdout), lambda event: event["event"] == "link")["link"]
+    second = shoal.start("join", link, *slow)
+    of_second = events(second.stdout)
+    until(of_second, lambda event: event["event"] == "round")
+    helper = shoal.start("assist", link, "--host", "127.0.0.1", "--json")
+    helped = until(events(helper.stdout), lambda event: event["event"] == "assisted")
+    assert helped["bytes_received"] > 0
+    together = until(of_second, lambda e: e["event"] == "round" and e["round"] > helped["round"])
+    assert together["members"] == 2  # it has no seat
+
+    status, out, _ = shoal.run("status", "--json")
+    assert status == 0
+    rows = {row["pid"]: row for row in map(json.loads, out.splitlines())}
+    assert rows[helper.pid]["phase"] == "assisting"
+    assert rows[helper.pid]["peers"] == 2
+    status, out, _ = shoal.run("stop", "--peer", rows[helper.pid]["peer"])
+    assert status == 0
+    assert helper.wait(20) == 0
+    until(of_second, lambda e: e["event"] == "round" and e["round"] > together["round"] + 1)
