@@ -1,0 +1,137 @@
+"""One of our own peers in a benchmark: a real `Session`, with the DHT, TLS and real rounds.
+
+It hands in its vector at once instead of training. The outer learning rate is so small that the
+parameters stay far below the last bit of any element: what `Session.submit` subtracts is then the
+vector itself, to the bit, in every round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import lockstep, vectors
+from coordinator_free.config import RoundConfig
+from coordinator_free.outer import OuterConfig
+from coordinator_free.session import Session, SessionConfig
+from dht.identity import Identity
+from dht.kademlia import KademliaConfig, KademliaDirectory
+
+RUN = "5b" * 20
+EXCHANGE_S = 300.0
+LR = 2.0**-80
+
+
+class Rounds:
+    """See `lockstep.Averaging`."""
+
+    def __init__(self, arguments: argparse.Namespace, session: Session, me: str) -> None:
+        self._session = session
+        self._me = me
+        self._samples = vectors.weight(arguments.number)
+        numbers = arguments.seed, arguments.number, arguments.numel
+        self._delta_N = torch.from_numpy(vectors.vector(*numbers))
+        self._local_N: Tensor | None = None
+
+    def prepare(self) -> None:
+        """The vector as parameters, after training that nobody did."""
+        work = self._session.next_assignment()
+        if work is None:
+            raise lockstep.Failed("the session ended before its last round")
+        self._local_N = torch.sub(work.theta_N, self._delta_N)
+
+    def exchange(self) -> dict[str, Any]:
+        """A whole round."""
+        local_N, self._local_N = self._local_N, None
+        assert local_N is not None
+        result = self._session.submit(local_N, self._samples)
+        return {
+            "exchange_s": result.allreduce_s,
+            "bytes_sent": result.bytes_sent,
+            "bytes_received": result.bytes_received,
+            "state": result.digest,
+        }
+
+    def result(self) -> tuple[Any, dict[str, Any]]:
+        """The average that the newest certificate names, and how much of this peer's is in it."""
+        certificate, average = self._session.newest
+        if average is None:
+            raise lockstep.Failed("the average is not held any more")
+        who = [contribution.peer_id for contribution in certificate.outcome.contributions]
+        there = 0
+        if self._me in who:
+            number = who.index(self._me)
+            there = sum(
+                chunk.elements
+                for chunk in average.chunks
+                if chunk.contributors[number // 8] >> number % 8 & 1
+            )
+        return average.values().numpy(), {"fraction": there / average.numel}
+
+
+def main() -> None:
+    """One peer, until its last round."""
+    pipe = lockstep.Pipe()
+    arguments = lockstep.peer_arguments()
+    torch.set_num_threads(1)
+
+    def train(session: Session, me: str) -> None:
+        try:
+            lockstep.take_part(pipe, arguments, Rounds(arguments, session, me))
+        except BaseException:  # this thread's end: nothing else would say so
+            traceback.print_exc()
+        finally:
+            session.stop()
+
+    asyncio.run(network(pipe, arguments, train))
+
+
+async def network(
+    pipe: lockstep.Pipe, arguments: argparse.Namespace, train: Callable[[Session, str], None]
+) -> None:
+    """What `peer` does around a session, without the parts that training needs."""
+    path = arguments.folder / f"identity-{arguments.number}"
+    identity = Identity.load_or_create(path)
+    known = arguments.rendezvous  # the first peer's address; nobody's for itself
+    config = KademliaConfig(
+        identity_path=path, host=arguments.host, initial_peers=(known,) if known else ()
+    )
+    async with KademliaDirectory.open(config) as directory:
+        if not known:
+            pipe.say("at", rendezvous=directory.maddrs[0])
+        session = Session(
+            SessionConfig(
+                run_id=RUN,
+                creator=known.rsplit("/", 1)[1] if known else identity.peer_id,
+                layout="benchmark",
+                numel=arguments.numel,
+                round=RoundConfig(
+                    start_peers=arguments.peers,
+                    rounds=0,  # a run that ends closes its connections, and with them their counts
+                    codec=arguments.codec,
+                    quorum=1.0,  # a round without somebody would not be the same work
+                    exchange_s=EXCHANGE_S,
+                ),
+                outer=OuterConfig(lr=LR),
+                host=arguments.host,
+                announce_hosts=(arguments.host,),
+            ),
+            identity=identity,
+            directory=directory,
+        )
+        trainer = threading.Thread(target=train, args=(session, identity.peer_id), daemon=True)
+        trainer.start()
+        initial_N = None if known else torch.zeros(arguments.numel)
+        await session.run(initial_N, lambda: directory.maddrs)
+        await asyncio.to_thread(trainer.join)
+
+
+if __name__ == "__main__":
+    main()
