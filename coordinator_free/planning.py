@@ -7,6 +7,7 @@ Pure arithmetic between the leader, which knows who is ready and what they say o
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -21,11 +22,12 @@ from coordinator_free.shares import Division, Party, balance, cut, divide, sent,
 CHUNKS_EACH = 8  # of each reducer, at least: sending, summing and sending back overlap
 # The links stand still while the last chunk is summed and sent back: with this many, for 2 % of an
 # exchange.
-CHUNKS_EACH_SLOW = 32
+CHUNKS_EACH_SLOW = 64
 # A shorter exchange is over before links are measured well, and what limits it is rather how busy
 # the machines are: then all get the same, in chunks that cost little besides their bytes.
 FINE_S = 0.5
 FAST_BPS = 60e6  # bytes per second: links that are faster than this are planned for as if equal
+ALIKE = 1.5  # links that differ from the usual by less than this factor are measured no better
 SMALLEST_CHUNK = 1 << 14  # bytes
 WORTH_S = 2.0  # an exchange that is over sooner is not worth leaving anything out of
 
@@ -262,7 +264,22 @@ def _rates(
         }
         for seat in seats
     }
-    return settle({seat.peer_id: seat.rate for seat in seats} | dict(assistants), views)
+    rates = settle({seat.peer_id: seat.rate for seat in seats} | dict(assistants), views)
+    return _smoothed(rates)
+
+
+def _smoothed(rates: Mapping[str, Rate]) -> dict[str, Rate]:
+    """What is nearly usual is taken for it: unequal shares of equal links make all wait for one."""
+    usual_up = statistics.median(rate.up_bps for rate in rates.values())
+    usual_down = statistics.median(rate.down_bps for rate in rates.values())
+
+    def smooth(bps: float, usual: float) -> float:
+        return usual if usual / ALIKE <= bps <= usual * ALIKE else bps
+
+    return {
+        peer: Rate(up_bps=smooth(rate.up_bps, usual_up), down_bps=smooth(rate.down_bps, usual_down))
+        for peer, rate in rates.items()
+    }
 
 
 def _deadline_s(configured_s: float, takes_s: float, pace_s: float | None) -> float:

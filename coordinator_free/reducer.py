@@ -4,7 +4,7 @@ A chunk is summed as soon as all contributions to it are there, in the plan's or
 can reproduce the bytes, encoded once, and those bytes go to everybody, this peer included.
 
 Guarantees: a contributor that breaks off or stalls is left out of what it did not deliver, and the
-chunk says so; memory is bounded by the slice and `WINDOW` chunks per contributor. Not guaranteed:
+chunk says so; memory is bounded by the slice and a window per contributor. Not guaranteed:
 that a reducer averages honestly.
 """
 
@@ -25,7 +25,10 @@ from dht.errors import RoundError
 logger = logging.getLogger(__name__)
 
 PAUSE_S = 1.0  # a time-out that is noticed so late was noticed by a process that stood still
-WINDOW = 2  # chunks of one contributor that wait for those of the others
+# What may wait of one contributor for the others: so many chunks, and where they are small, bytes.
+# Streams that share a link take turns; with less, each of them stops for every moment of another.
+WINDOW = 2
+WINDOW_BYTES = 4 << 20
 KEPT_FRAMES = 4  # reduced chunks as they travel: made once for all receivers that keep up
 
 
@@ -56,8 +59,9 @@ class Reducer:
         self._codec = codec(plan.codec)
         self._sum_E = empty_vector(store.elements(piece.start))
         self._frames: OrderedDict[int, bytes] = OrderedDict()
+        window = max(WINDOW, WINDOW_BYTES // len(store.room(piece.start)))
         self._queues: dict[str, asyncio.Queue[bytes | memoryview | None]] = {
-            c.peer_id: asyncio.Queue(WINDOW) for c in plan.contributions
+            c.peer_id: asyncio.Queue(window) for c in plan.contributions
         }
         # A mend names all contributions of its base, also of those who are gone.
         self._lost = self._queues.keys() - set(plan.receivers)

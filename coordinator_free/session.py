@@ -685,7 +685,7 @@ class Session:
 
     @property
     def machine(self) -> Machine:
-        """The protocol's state; another one after a revival."""
+        """The protocol's state."""
         return self._protocol
 
     @property
@@ -702,7 +702,8 @@ class Session:
             len(outcome.roster),
         )
         self._held.revive(certificate)
-        self._start_machine(self._protocol.me, certificate)
+        self._head_since = self._round_began = self._now()
+        self._do(self._protocol.revive(certificate, self._now()))
 
     @property
     def stopped(self) -> bool:

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from coordinator_free import reducer as reducer_module
 from coordinator_free.average import Average, Chunk, ChunkStore, contributor_bits
 from coordinator_free.butterfly import PATIENCE, Butterfly, ExchangeFailed
 from coordinator_free.codecs import codec
@@ -586,7 +587,12 @@ def test_a_slice_that_nobody_contributes_to_fails_at_its_reducer_alone() -> None
     run(story())
 
 
-def test_a_contributor_far_ahead_of_the_others_has_to_wait() -> None:
+@pytest.mark.parametrize("window", [WINDOW, 5])
+def test_a_contributor_far_ahead_of_the_others_has_to_wait(
+    window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reducer_module, "WINDOW_BYTES", 0 if window == WINDOW else 5 * 4 * CHUNK)
+
     async def story() -> None:
         plan = make_plan({"a": 1, "b": 1}, 10 * CHUNK, reducers=("a",))
         loop = asyncio.get_running_loop()
@@ -597,7 +603,7 @@ def test_a_contributor_far_ahead_of_the_others_has_to_wait() -> None:
             ChunkStore(codec(plan.codec), plan.numel, plan.chunk_elements),
             lambda work, *args: loop.run_in_executor(None, work, *args),
         )
-        for _ in range(WINDOW):
+        for _ in range(window):
             await asyncio.wait_for(reducer.put("b", FINE), 1)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(reducer.put("b", FINE), 1)

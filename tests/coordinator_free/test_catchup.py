@@ -721,7 +721,7 @@ async def test_a_download_that_takes_ten_rounds_converges(
         pause.wait(0.4)  # a round takes longer than to fetch its average, as any that trains does
         return theta_N - 1.0
 
-    async with swarm(config, numel=numel, serve_bps=0.4e6) as two:
+    async with swarm(config, numel=numel, serve_bps=0.25e6) as two:
         first, _ = two.start(train), two.start(train)
         await two.until(lambda: len(first.results) >= 1)
         began = first.results[-1].round

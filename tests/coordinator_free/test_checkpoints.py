@@ -389,8 +389,13 @@ def test_saves_do_not_block_and_do_not_pile_up(tmp_path: Path) -> None:
     for round in (2, 3, 4):
         noted(keeper, round)  # returns at once, though the first write stands still
     assert keeper.round is None
+    assert keeper.saving
+    closing = threading.Thread(target=keeper.close)
+    closing.start()
+    assert keeper.saving
     slow.gate.set()
-    keeper.close()
+    closing.join(10)
+    assert not keeper.saving
     assert rounds_in(tmp_path) == [1, 4]
     assert keeper.round == 4
 

@@ -128,6 +128,13 @@ def test_of_links_that_are_fast_enough_nobody_is_given_more() -> None:
     assert max(shares(drafted).values()) - min(shares(drafted).values()) <= 1
 
 
+def test_links_that_are_measured_nearly_alike_get_the_same() -> None:
+    measured = {"a": 92, "b": 100, "c": 113, "d": 97}
+    drafted = planned([seat(name, mbit) for name, mbit in measured.items()])
+    assert max(shares(drafted).values()) - min(shares(drafted).values()) <= 1
+    assert drafted.expected_s > 0
+
+
 def test_a_moment_is_not_worth_planning() -> None:
     tiny = replace(LAYOUT, numel=100_000)
     drafted = draft([seat("a", 100), *(seat(name, 10) for name in "bcd")], tiny, CONFIG, None)
