@@ -713,7 +713,7 @@ async def test_a_download_that_takes_ten_rounds_converges(
 ) -> None:
     caplog.set_level(logging.INFO, "coordinator_free")
     numel = 3 * LEAF_ELEMENTS
-    # In fp32, donors keep the last four averages and no more.
+    # In fp32, donors keep the last two averages and no more.
     config = RoundConfig(start_peers=2, codec="fp32")
     pause = threading.Event()
 
@@ -721,12 +721,22 @@ async def test_a_download_that_takes_ten_rounds_converges(
         pause.wait(0.4)  # a round takes longer than to fetch its average, as any that trains does
         return theta_N - 1.0
 
-    async with swarm(config, numel=numel, serve_bps=0.25e6) as two:
+    async with swarm(config, numel=numel) as two:
         first, _ = two.start(train), two.start(train)
         await two.until(lambda: len(first.results) >= 1)
         began = first.results[-1].round
         caplog.clear()
+        donors = [peer.session._donor for peer in two.peers]
+
+        def throttle(bps: float) -> None:
+            for donor in donors:
+                assert donor is not None
+                donor._throttle._bps = bps
+
+        throttle(0.1e6)
         newcomer = two.start()
+        await two.until(lambda: first.results[-1].round - began >= 10, 100)
+        throttle(1e9)
         await two.until(lambda: any(r.included for r in newcomer.results), 100)
         joined = next(r for r in newcomer.results if r.included)
         await two.until(lambda: joined.round in rounds_of(first))
