@@ -53,9 +53,9 @@ def test_two_who_lose_sight_of_each_other(swarm: Swarm, net: Net) -> None:
     peers = start(swarm, machines)
     swarm.go_on(peers, rounds=1, timeout_s=90)
     net.cut([1], [2])
-    # Connections of both kinds stay open and lead nowhere, and nobody is told. Until that is noticed
-    # the rounds may go on without one of the two, which then catches up: no two models, and together
-    # in the end, is what is promised. The one whom both see loses nothing.
+    # Connections of both kinds stay open and lead nowhere, and nobody is told. Until that is
+    # noticed the rounds may go on without one of the two, which then catches up: one model, and all
+    # together in the end, is what is promised. The one whom both see loses nothing.
     swarm.go_on(peers, rounds=2, timeout_s=90)
     swarm.check(peers[:1])
     assert all(peer.alive for peer in peers)
