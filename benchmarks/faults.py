@@ -10,8 +10,8 @@ those whom the outcome names, chunk by chunk, applied to the state before, bit f
 
 A line per trial: what was done to whom, seconds from the fault to the end of its round at the
 slowest survivor, a fault-free round's seconds in the same trial, the deadline that the exchange
-had, and whether all survivors agree. Exit status 1 if any trial broke a promise: digests differ, a
-mean is wrong, a round was lost, or a survivor took longer than one deadline and two rounds
+had, and whether all survivors agree. Links are slowed so that an exchange takes seconds. Exit
+status 1 if any trial broke a promise: digests differ, a mean is wrong, a round was lost, or a survivor took longer than one deadline and two rounds
 without a fault.
 """
 
@@ -107,6 +107,8 @@ def peer(arguments: argparse.Namespace) -> None:
                 exchange_s=DEADLINE_S,
             ),
             outer=OuterConfig(),
+            upload_bps=arguments.link_mb * 1e6,
+            download_bps=arguments.link_mb * 1e6,
         ),
         identity=identity,
         directory=Folder(identity, Path(arguments.folder) / "records"),
@@ -187,6 +189,7 @@ class Trial:
                 *(sys.executable, __file__, "--number", str(number), "--folder", folder),
                 *("--peers", str(arguments.peers), "--mb", str(arguments.mb)),
                 *("--codec", arguments.codec),
+                *("--link-mb", str(arguments.link_mb)),
             ]
             process = subprocess.Popen(
                 command,
@@ -292,6 +295,13 @@ def main() -> None:
     parser.add_argument("--peers", type=int, default=5)
     parser.add_argument("--mb", type=float, default=64, help="fp32 megabytes of each peer's vector")
     parser.add_argument("--codec", default="fp32")
+    parser.add_argument(
+        "--link-mb",
+        type=float,
+        default=25,
+        help="megabytes per second that each peer sends and receives at most, so that an exchange "
+        "takes seconds; 0: no limit",
+    )
     parser.add_argument("--trials", type=int, default=50)
     parser.add_argument("--first", type=int, default=0, help="number of the first trial")
     parser.add_argument("--seed", type=int, default=0)
