@@ -11,8 +11,8 @@ those whom the outcome names, chunk by chunk, applied to the state before, bit f
 A line per trial: what was done to whom, seconds from the fault to the end of its round at the
 slowest survivor, a fault-free round's seconds in the same trial, the deadline that the exchange
 had, and whether all survivors agree. Links are slowed so that an exchange takes seconds. Exit
-status 1 if any trial broke a promise: digests differ, a mean is wrong, a round was lost, or a survivor took longer than one deadline and two rounds
-without a fault.
+status 1 if any trial broke a promise: digests differ, a mean is wrong, a round was lost, or a
+survivor took longer than one deadline and two rounds without a fault.
 """
 
 from __future__ import annotations
