@@ -43,6 +43,7 @@ def peer(arguments: argparse.Namespace) -> None:
     """One peer; prints a JSON line per round that it ended and checked."""
     import torch
 
+    from coordinator_free.average import contributors
     from coordinator_free.codecs import codec
     from coordinator_free.config import RoundConfig
     from coordinator_free.handoff import SessionClosed
@@ -122,9 +123,8 @@ def peer(arguments: argparse.Namespace) -> None:
         who = certificate.outcome.contributions
         mean_N = torch.zeros(numel)
         start, fewest = 0, len(who)
-        for chunk in average.chunks:
+        for chunk, there in zip(average.chunks, contributors(average, who), strict=True):
             stop = start + chunk.elements
-            there = [c for n, c in enumerate(who) if chunk.contributors[n // 8] >> n % 8 & 1]
             total = sum(c.samples for c in there)
             fewest = min(fewest, len(there))
             sum_E = torch.zeros(chunk.elements)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import lockstep, vectors
+from coordinator_free.average import contributors
 from coordinator_free.config import RoundConfig
 from coordinator_free.outer import OuterConfig
 from coordinator_free.session import Session, SessionConfig
@@ -64,15 +65,12 @@ class Rounds:
         certificate, average = self._session.newest
         if average is None:
             raise lockstep.Failed("the average is not held any more")
-        who = [contribution.peer_id for contribution in certificate.outcome.contributions]
-        there = 0
-        if self._me in who:
-            number = who.index(self._me)
-            there = sum(
-                chunk.elements
-                for chunk in average.chunks
-                if chunk.contributors[number // 8] >> number % 8 & 1
-            )
+        who = contributors(average, certificate.outcome.contributions)
+        there = sum(
+            chunk.elements
+            for chunk, present in zip(average.chunks, who, strict=True)
+            if any(contribution.peer_id == self._me for contribution in present)
+        )
         return average.values().numpy(), {"fraction": there / average.numel}
 
 

@@ -8,8 +8,9 @@ hold the same root hold the same average.
 from __future__ import annotations
 
 import functools
+import operator
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from blake3 import blake3
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from coordinator_free.codecs import Codec, codec
 from coordinator_free.memory import empty_bytes, empty_vector
-from coordinator_free.messages import MAX_MEMBERS, FrameHeader, Plan
+from coordinator_free.messages import MAX_MEMBERS, Contribution, FrameHeader, Plan
 from coordinator_free.partition import ALIGN_ELEMENTS, chunk_span
 from coordinator_free.wire import pack_frame, tree_root, unpack_frame
 
@@ -227,6 +228,31 @@ def absent(plan: Plan, average: Average) -> tuple[str, ...]:
     for chunk in average.chunks:
         present |= int.from_bytes(chunk.contributors, "little")
     return tuple(c.peer_id for n, c in enumerate(plan.contributions) if not present >> n & 1)
+
+
+def contributors(
+    average: Average, contributions: Sequence[Contribution]
+) -> list[tuple[Contribution, ...]]:
+    """Who is in each chunk of an average, by what its outcome says.
+
+    An outcome names those who are in some chunk, in the plan's order. Bitmaps are numbered by the
+    plan, which may have named others as well: the first bit that is set anywhere is the first of
+    the outcome's contributions, and so on.
+
+    Args:
+        average: of one round.
+        contributions: of the outcome of that round.
+
+    Raises:
+        ValueError: the outcome names more or fewer than there are in the chunks.
+    """
+    numbers = [int.from_bytes(chunk.contributors, "little") for chunk in average.chunks]
+    anywhere = functools.reduce(operator.or_, numbers, 0)
+    bits = [bit for bit in range(anywhere.bit_length()) if anywhere >> bit & 1]
+    if len(bits) != len(contributions):
+        raise ValueError(f"{len(bits)} contributors are averaged, {len(contributions)} are named")
+    named = list(zip(bits, contributions, strict=True))
+    return [tuple(who for bit, who in named if number >> bit & 1) for number in numbers]
 
 
 def check_bits(plan: Plan, bits: bytes) -> None:

@@ -14,6 +14,7 @@ from coordinator_free.average import (
     Chunk,
     check_bits,
     contributor_bits,
+    contributors,
 )
 from coordinator_free.codecs import codec
 from coordinator_free.messages import NO_DIGEST, Contribution, Plan, Slice
@@ -154,3 +155,14 @@ def test_bitmaps_name_who_is_in_a_mean(count: int, data: st.DataObject) -> None:
 def test_bitmaps_of_nobody_or_of_strangers_are_refused(count: int, bits: bytes) -> None:
     with pytest.raises(ValueError, match="bitmap"):
         check_bits(plan(count), bits)
+
+
+def test_who_is_in_a_chunk_is_told_by_the_outcome_though_the_plan_named_others() -> None:
+    payload = bytes(4)
+    # The plan named a, b, c and d; b is in no chunk, so the outcome does not name it.
+    chunks = [Chunk(0, 1, b"\x0d", payload), Chunk(1, 1, b"\x08", payload)]
+    a, c, d = (Contribution(peer_id=name, samples=1) for name in "acd")
+    made = Average("fp32", chunks)
+    assert contributors(made, (a, c, d)) == [(a, c, d), (d,)]
+    with pytest.raises(ValueError, match="3 contributors are averaged, 2 are named"):
+        contributors(made, (a, c))
