@@ -506,7 +506,7 @@ class Demo:
             if self._all_trained():
                 for child in self._children:
                     resident = _resident_bytes(child.process.pid)
-                    if child.exit_status is None and resident is not None:
+                    if child.exit_status is None and resident:  # an ended one has none
                         child.memory.append((time.monotonic(), resident))
             await asyncio.sleep(MEMORY_S)
 
