@@ -38,7 +38,15 @@ from coordinator_free.tls import ServerCertificate
 from coordinator_free.transfer import Transfer
 from coordinator_free.transport import Carrier, Client, Server
 from dht.directory import Directory
-from dht.errors import ConfigError, PeerError, StateError, SwarmError, Unreachable, innermost
+from dht.errors import (
+    ConfigError,
+    PeerError,
+    ProtocolViolation,
+    StateError,
+    SwarmError,
+    Unreachable,
+    innermost,
+)
 from dht.identity import Identity, verify
 from dht.records import PeerRecord
 
@@ -48,6 +56,8 @@ OFFER_S = 1.0  # between two offers; a leader takes those of the last five secon
 OFFER_DEADLINE_S = 3.0
 LEAVE_S = 5.0  # to finish the exchange under way
 FIND_S = 5.0  # between two looks for a roster that does not answer
+LOOK_S = 10.0  # for one such look
+STRANGE_BYTES = 64 << 10  # of a message from a peer without a seat
 MAX_EXCHANGES = 2  # at once: one, and the attempt that replaces it
 MAX_BYTES = 1 << 36  # of an encoded vector; only what is sent here takes up memory
 
@@ -223,8 +233,9 @@ class Assistant:
         return True
 
     async def _look_again(self) -> None:
-        with suppress(SwarmError):
-            found = await self._find()
+        with suppress(SwarmError, TimeoutError):
+            async with asyncio.timeout(LOOK_S):
+                found = await self._find()
             if found.newest.outcome.height > self._held.newest.outcome.height:
                 self._chain = found
 
@@ -293,11 +304,15 @@ class Assistant:
         """Plans count; all else is confirmed, as the sender cannot know better."""
         if self._chain is None:
             raise StateError("this peer does not know the run yet")
+        # A member may be newer than what is known here; whoever else it is gets one place, not all.
+        stranger = sender not in {m.peer_id for m in self._held.newest.outcome.roster}
+        if stranger and len(message) > STRANGE_BYTES:
+            raise ProtocolViolation(sender, f"a message of {len(message)} bytes from a stranger")
         content = wire.decode(message)
         if isinstance(content, Plan):
             digest = wire.plan_digest(content)
             known = digest in self._under_way or self._exchanges.get(digest) is not None
-            if not known and len(self._under_way) < MAX_EXCHANGES:
+            if not known and len(self._under_way) < MAX_EXCHANGES - stranger:
                 self._under_way[digest] = self._tasks.create_task(
                     self._reduce(sender, content, digest)
                 )
