@@ -35,7 +35,8 @@ import torch
 
 from coordinator_free import kernels
 from coordinator_free.codecs import codec
-from coordinator_free.outer import NesterovOuter, OuterConfig
+from coordinator_free.optimizer import Position
+from coordinator_free.outer import OuterConfig, OuterOptimizer
 
 Work = Callable[[], object]
 
@@ -45,7 +46,7 @@ PROCESS = """
 import json, sys, time
 import torch
 from coordinator_free.codecs import prepare
-from coordinator_free.outer import NesterovOuter, OuterConfig
+from coordinator_free.outer import OuterConfig, OuterOptimizer
 from coordinator_free import kernels
 def resident(kind):
     with open("/proc/self/status") as file:
@@ -56,10 +57,10 @@ imported = time.process_time() - began
 if sys.argv[1] == "everything":
     for name in ("fp32", "bf16", "int8", "int4", "int2"):
         prepare(name)
-    NesterovOuter(OuterConfig()).prepare()
+    OuterOptimizer(OuterConfig()).prepare()
 elif sys.argv[1] == "int4":
     prepare("int4")
-    NesterovOuter(OuterConfig()).prepare()
+    OuterOptimizer(OuterConfig()).prepare()
 print(json.dumps({
     "import_s": imported,
     "kernels_s": time.process_time() - began - imported,
@@ -73,7 +74,7 @@ def works(numel: int) -> dict[str, dict[str, Work]]:
     """What is timed, by codec and operation."""
     values_N = torch.randn(numel, generator=torch.Generator().manual_seed(0))
     into_N, other_N, spare_N = torch.zeros(3, numel)
-    outer = NesterovOuter(OuterConfig())
+    outer, start = OuterOptimizer(OuterConfig()), Position(round=0, samples=0)
 
     def of(name: str) -> dict[str, Work]:
         each = codec(name)
@@ -88,8 +89,7 @@ def works(numel: int) -> dict[str, dict[str, Work]]:
 
     table = {name: of(name) for name in CODECS}
     table["outer"] = {
-        "step": lambda: outer.step(into_N, other_N, values_N),
-        "advance": lambda: outer.advance(values_N, other_N, values_N, out=(into_N, spare_N)),
+        "advance": lambda: outer.advance((values_N, other_N), values_N, (into_N, spare_N), start),
     }
     table["copy"] = {"copy": lambda: into_N.copy_(values_N)}
     return table

@@ -48,7 +48,8 @@ def peer(arguments: argparse.Namespace) -> None:
     from coordinator_free.config import RoundConfig
     from coordinator_free.handoff import SessionClosed
     from coordinator_free.messages import Kind
-    from coordinator_free.outer import NesterovOuter, OuterConfig
+    from coordinator_free.optimizer import Position
+    from coordinator_free.outer import OuterConfig, OuterOptimizer
     from coordinator_free.session import Session, SessionConfig
     from dht.directory import Directory, believable, poll
     from dht.errors import RunNotFound
@@ -88,7 +89,7 @@ def peer(arguments: argparse.Namespace) -> None:
     identity = identities[arguments.number]
     numbers = {each.peer_id: number for number, each in enumerate(identities)}
     numel = int(arguments.mb * 1e6 / 4)
-    outer = NesterovOuter(OuterConfig())
+    outer = OuterOptimizer(OuterConfig())
     coding = codec(arguments.codec)
 
     def vector(number: int) -> torch.Tensor:
@@ -154,7 +155,9 @@ def peer(arguments: argparse.Namespace) -> None:
                 return
             ended = time.monotonic()
             mean_N, fewest = expected_N()
-            held_N, momentum_N = outer.preview(theta_N, momentum_N, mean_N)
+            after = torch.empty_like(theta_N), torch.empty_like(momentum_N)
+            outer.advance((theta_N, momentum_N), mean_N, after, Position(round=0, samples=0))
+            held_N, momentum_N = after
             line = {
                 "ends": result.round,
                 "at": ended,

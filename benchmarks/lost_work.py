@@ -18,7 +18,8 @@ import time
 
 import torch
 
-from coordinator_free.outer import NesterovOuter, OuterConfig
+from coordinator_free.optimizer import Position
+from coordinator_free.outer import OuterConfig, OuterOptimizer
 from model.builders import ModelConfig
 from model.trainer import Trainer, TrainerConfig
 
@@ -31,7 +32,7 @@ def final_loss(way: str, seed: int, arguments: argparse.Namespace) -> float:
     trainers = [first, *(Trainer(config, first.data) for _ in range(arguments.peers - 1))]
     theta_N = first.read()
     momentum_N = torch.zeros_like(theta_N)
-    outer = NesterovOuter(OuterConfig())
+    outer = OuterOptimizer(OuterConfig())
     carried: dict[int, tuple[torch.Tensor, int]] = {}
     for round_ in range(arguments.rounds):
         late = {n for n in range(arguments.peers) if chance.random() < arguments.late}
@@ -57,7 +58,9 @@ def final_loss(way: str, seed: int, arguments: argparse.Namespace) -> float:
         mean_N = sum(
             (delta_N * (samples / total) for delta_N, samples in handed_in), torch.zeros(())
         )
-        theta_N, momentum_N = outer.preview(theta_N, momentum_N, mean_N)
+        after = torch.empty_like(theta_N), torch.empty_like(momentum_N)
+        outer.advance((theta_N, momentum_N), mean_N, after, Position(round=0, samples=0))
+        theta_N, momentum_N = after
     first.write(theta_N)
     return first.evaluate()
 

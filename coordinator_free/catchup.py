@@ -38,7 +38,7 @@ from coordinator_free.codecs import codec
 from coordinator_free.config import RoundConfig
 from coordinator_free.contact import Contact
 from coordinator_free.messages import Certificate, Kind
-from coordinator_free.outer import NesterovOuter
+from coordinator_free.optimizer import StateOptimizer
 from coordinator_free.replica import MIN_KEPT_AVERAGES, Replica, State
 from coordinator_free.transfer import Transfer
 from dht.directory import Directory
@@ -179,7 +179,7 @@ class CatchUp:
         peer_id: str,
         round: RoundConfig,
         layout: str,
-        outer: NesterovOuter,
+        outer: StateOptimizer,
         numel: int,
         folder: Path | None = None,
     ) -> None:

@@ -402,16 +402,14 @@ def decode_int2(scales_R: Any, quanta_RH: Any, out_RW: Any, weight: Any, add: An
     return 0
 
 
-@_kernel("float32[:]!", "float32[:]!", "float32[:]", "float32", "float32")
-def nesterov_step(theta_N: Any, m_N: Any, delta_N: Any, lr: Any, momentum: Any) -> Any:
-    """`outer.NesterovOuter.step`; returns the bits of the largest |x| written."""
+@_kernel("float32[:]", "float32[:]", "float32[:]!", "float32")
+def sgd_step(theta_N: Any, delta_N: Any, out_theta_N: Any, lr: Any) -> Any:
+    """`outer.OuterOptimizer.advance`; returns the bits of the largest |x| written."""
     largest = np.int32(0)
     for i in range(len(theta_N)):
-        m = m_N[i] * momentum + delta_N[i]
-        theta = theta_N[i] - (m * momentum + delta_N[i]) * lr
-        m_N[i] = m
-        theta_N[i] = theta
-        magnitude = np.int32(max(_bits(m) & _MAGNITUDE, _bits(theta) & _MAGNITUDE))
+        theta = theta_N[i] - delta_N[i] * lr
+        out_theta_N[i] = theta
+        magnitude = np.int32(_bits(theta) & _MAGNITUDE)
         if magnitude > largest:
             largest = magnitude
     return largest
@@ -420,7 +418,7 @@ def nesterov_step(theta_N: Any, m_N: Any, delta_N: Any, lr: Any, momentum: Any) 
 @_kernel(
     "float32[:]", "float32[:]", "float32[:]", "float32[:]!", "float32[:]!", "float32", "float32"
 )
-def nesterov_preview(
+def nesterov_step(
     theta_N: Any,
     m_N: Any,
     delta_N: Any,
@@ -429,7 +427,7 @@ def nesterov_preview(
     lr: Any,
     momentum: Any,
 ) -> Any:
-    """The same into other memory. Two kernels: arrays that overlap are not worked on in lanes."""
+    """The same with momentum."""
     largest = np.int32(0)
     for i in range(len(theta_N)):
         m = m_N[i] * momentum + delta_N[i]

@@ -8,10 +8,11 @@ its vector width, the number of threads or the backend.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -63,3 +64,29 @@ class StateOptimizer(Protocol):
     def prepare(self) -> None:
         """Compile what `advance` needs, or load it: up to some seconds. For a worker thread."""
         ...
+
+
+def checked(
+    before: Sequence[Tensor],
+    average_N: Tensor,
+    out: Sequence[Tensor],
+    lengths: Callable[[int], tuple[int, ...]],
+) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    """The arguments of an `advance`, detached, if they are what it expects.
+
+    Raises:
+        ValueError: one of them is not float32, on the CPU, flat, contiguous and of its length.
+    """
+    for vector in (*before, average_N, *out):
+        if vector.dtype != torch.float32 or vector.device.type != "cpu":
+            raise ValueError(f"a state's vectors must be float32 on the CPU, not {vector.dtype}")
+        if vector.ndim != 1 or not vector.is_contiguous():
+            raise ValueError(
+                f"a state's vectors must be flat, not {tuple(vector.shape)} in strides"
+            )
+    expected = lengths(len(average_N))
+    for vectors in (before, out):
+        found = tuple(len(vector) for vector in vectors)
+        if found != expected:
+            raise ValueError(f"a state's vectors must have {expected} elements, not {found}")
+    return [v.detach() for v in before], average_N.detach(), [v.detach() for v in out]

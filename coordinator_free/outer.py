@@ -6,10 +6,11 @@ summed, so neither the processor, its vector width, the number of threads, where
 into slices, nor whether numba or torch computed it shows in the result. What it does not do is
 refuse a NaN or an overflow: it says whether everything it wrote is finite.
 
-    m     <- momentum * m + delta
-    theta <- theta - lr * (delta + momentum * m)
+    nesterov:  m     <- momentum * m + delta
+               theta <- theta - lr * (delta + momentum * m)
+    sgd:       theta <- theta - lr * delta
 
-with delta = anchor - local parameters, averaged: it points uphill, like a gradient. This is
+with delta = anchor - local parameters, averaged: it points uphill, like a gradient. The first is
 `torch.optim.SGD(nesterov=True)` with a zero first momentum, which uses fused operations instead.
 
 Source: DiLoCo, arXiv:2311.08105; lr 0.7 and momentum 0.6 from our own runs.
@@ -18,14 +19,16 @@ Source: DiLoCo, arXiv:2311.08105; lr 0.7 and momentum 0.6 from our own runs.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from coordinator_free import kernels
+from coordinator_free.optimizer import Position, checked
 from dht.errors import ConfigError
 
 SEGMENT: Final = 32_768
@@ -41,17 +44,21 @@ class OuterConfig:
     """Constants of the outer step; part of the run file, as all peers must use the same.
 
     Attributes:
+        kind: "nesterov", or "sgd" that has no momentum: half the state to hold and to download.
         lr: outer learning rate, > 0. Rounded to float32.
-        momentum: in [0, 1). Rounded to float32.
+        momentum: of "nesterov", in [0, 1). Rounded to float32.
 
     Raises:
         ConfigError: a value outside its range.
     """
 
+    kind: Literal["nesterov", "sgd"] = "nesterov"
     lr: float = 0.7
     momentum: float = 0.6
 
     def __post_init__(self) -> None:
+        if self.kind not in ("nesterov", "sgd"):
+            raise ConfigError(f"outer.kind = {self.kind!r}: use 'nesterov' or 'sgd'")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ConfigError(f"outer.lr = {self.lr}: give a number above 0, such as 0.7")
         if not 0 <= self.momentum < 1:
@@ -60,121 +67,63 @@ class OuterConfig:
             )
 
 
-class NesterovOuter:
-    """Nesterov momentum over slices of the flat vector. Holds no state but its constants."""
+class OuterOptimizer:
+    """A `StateOptimizer` for pseudo-gradients, over any slices of the flat vectors."""
+
+    elementwise: Final = True
 
     def __init__(self, config: OuterConfig) -> None:
         self.config = config
 
-    def step(self, theta_N: Tensor, m_N: Tensor, delta_N: Tensor) -> bool:
-        """Move a slice, in place.
-
-        Args:
-            theta_N: (N,) float32, CPU, contiguous: parameters. Changed.
-            m_N: the same shape: momentum, zeros at the start of a run. Changed.
-            delta_N: the same shape: averaged pseudo-gradient. Not changed.
-
-        The three must not overlap in memory.
-
-        Returns:
-            Whether all new parameters and momenta are finite.
-
-        Raises:
-            ValueError: dtype, device or shapes differ from the above; nothing was changed.
-        """
-        theta_N, m_N, delta_N = _checked(theta_N, m_N, delta_N)
-        if not kernels.compiled():
-            return self._step_by_torch(theta_N, m_N, delta_N)
-        vectors = (theta_N.numpy(), m_N.numpy(), delta_N.numpy())
-        return kernels.nesterov_step(*vectors, *self._constants()) < _INFINITY
+    def lengths(self, numel: int) -> tuple[int, ...]:
+        """Parameters, and with Nesterov the momentum: zeros at the start of a run."""
+        return (numel, numel) if self.config.kind == "nesterov" else (numel,)
 
     def advance(
-        self, theta_N: Tensor, m_N: Tensor, delta_N: Tensor, out: tuple[Tensor, Tensor]
+        self, before: Sequence[Tensor], average_N: Tensor, out: Sequence[Tensor], at: Position
     ) -> bool:
-        """Write what `step` would make of a slice into other memory; the inputs stay as they are.
-
-        Args:
-            theta_N: as `step`'s, but not changed.
-            m_N: the same.
-            delta_N: the same.
-            out: new parameters and new momentum, each (N,) float32, CPU, contiguous. They must
-                overlap neither the inputs nor each other.
-
-        Returns:
-            Whether all of `out` is finite.
-
-        Raises:
-            ValueError: as `step`.
-        """
-        theta_N, m_N, delta_N, after_theta_N, after_m_N = _checked(theta_N, m_N, delta_N, *out)
+        """See `StateOptimizer`. Where the run stands changes nothing here."""
+        before, average_N, out = checked(before, average_N, out, self.lengths)
         if not kernels.compiled():
-            after_theta_N.copy_(theta_N)
-            after_m_N.copy_(m_N)
-            return self._step_by_torch(after_theta_N, after_m_N, delta_N)
-        inputs = (theta_N.numpy(), m_N.numpy(), delta_N.numpy())
-        outputs = (after_theta_N.numpy(), after_m_N.numpy())
-        return kernels.nesterov_preview(*inputs, *outputs, *self._constants()) < _INFINITY
-
-    def preview(
-        self,
-        theta_N: Tensor,
-        m_N: Tensor,
-        delta_N: Tensor,
-        out: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """What `step` would make of the slice; the inputs stay as they are. `advance` says more.
-
-        Returns:
-            (parameters, momentum), both (N,) float32, CPU: `out`, or fresh memory.
-
-        Raises:
-            ValueError: as `step`.
-        """
-        if out is None:
-            out = (torch.empty_like(theta_N), torch.empty_like(m_N))
-        self.advance(theta_N, m_N, delta_N, out)
-        return out
+            return self._advance_by_torch(before, average_N, out)
+        lr, momentum = np.float32(self.config.lr), np.float32(self.config.momentum)
+        delta, theta, out_theta = average_N.numpy(), before[0].numpy(), out[0].numpy()
+        if self.config.kind == "sgd":
+            return kernels.sgd_step(theta, delta, out_theta, lr) < _INFINITY
+        m, out_m = before[1].numpy(), out[1].numpy()
+        return kernels.nesterov_step(theta, m, delta, out_theta, out_m, lr, momentum) < _INFINITY
 
     def prepare(self) -> None:
-        """Compile both kernels, or load them; without a call, the first use of each pays."""
-        theta, m, delta = torch.zeros(3, 1)
-        self.step(theta, m, delta)
-        self.preview(theta, m, delta)
+        """Compile the kernel, or load it; without a call, its first use pays."""
+        count = len(self.lengths(1))
+        before, average_N, out = torch.zeros(count, 1), torch.zeros(1), torch.empty(count, 1)
+        self.advance(list(before), average_N, list(out), Position(round=0, samples=0))
 
-    def _constants(self) -> tuple[np.float32, np.float32]:
-        return np.float32(self.config.lr), np.float32(self.config.momentum)
-
-    def _step_by_torch(self, theta_N: Tensor, m_N: Tensor, delta_N: Tensor) -> bool:
+    def _advance_by_torch(
+        self, before: Sequence[Tensor], average_N: Tensor, out: Sequence[Tensor]
+    ) -> bool:
         lr, momentum = self.config.lr, self.config.momentum
-        scratch = torch.empty(min(len(theta_N), SEGMENT), dtype=torch.float32)
+        scratch = torch.empty(min(len(average_N), SEGMENT), dtype=torch.float32)
         finite = True
-        for start in range(0, len(theta_N), SEGMENT):
-            theta, m = theta_N[start : start + SEGMENT], m_N[start : start + SEGMENT]
-            delta = delta_N[start : start + SEGMENT]
-            look_ahead = scratch[: len(theta)]
+        for start in range(0, len(average_N), SEGMENT):
+            span = slice(start, start + SEGMENT)
+            delta = average_N[span]
+            move = scratch[: len(delta)]
             # Never add_(alpha=...) or lerp: those fuse where the processor can.
-            m.mul_(momentum)
-            m.add_(delta)
-            torch.mul(m, momentum, out=look_ahead)
-            look_ahead.add_(delta)
-            look_ahead.mul_(lr)
-            theta.sub_(look_ahead)
-            finite = finite and _all_finite(theta) and _all_finite(m)
+            if self.config.kind == "nesterov":
+                m = out[1][span]
+                torch.mul(before[1][span], momentum, out=m)
+                m.add_(delta)
+                torch.mul(m, momentum, out=move)
+                move.add_(delta)
+                move.mul_(lr)
+            else:
+                torch.mul(delta, lr, out=move)
+            torch.sub(before[0][span], move, out=out[0][span])
+            finite = finite and all(_all_finite(vector[span]) for vector in out)
         return finite
 
 
 def _all_finite(part_N: Tensor) -> bool:
     low, high = torch.aminmax(part_N)  # both are NaN if any element is
     return math.isfinite(low.item()) and math.isfinite(high.item())
-
-
-def _checked(*vectors: Tensor) -> tuple[Tensor, ...]:
-    for vector in vectors:
-        if vector.dtype != torch.float32 or vector.device.type != "cpu":
-            raise ValueError(f"outer vectors must be float32 on the CPU, not {vector.dtype}")
-        if vector.ndim != 1 or not vector.is_contiguous() or len(vector) != len(vectors[0]):
-            raise ValueError(
-                f"outer vectors must be contiguous rows of one length: "
-                f"{[tuple(v.shape) for v in vectors]}"
-            )
-    return tuple(vector.detach() for vector in vectors)

@@ -19,7 +19,7 @@ from coordinator_free.chain import Chain
 from coordinator_free.config import KEPT_CANDIDATES
 from coordinator_free.memory import bytes_of, empty_vector
 from coordinator_free.messages import Certificate, Kind
-from coordinator_free.outer import NesterovOuter
+from coordinator_free.optimizer import Position, StateOptimizer
 from coordinator_free.wire import tree_root
 from dht.errors import StateError
 
@@ -105,7 +105,7 @@ class Replica:
         chain: proves the certificate that names this state.
     """
 
-    def __init__(self, layout: str, outer: NesterovOuter, state: State, chain: Chain) -> None:
+    def __init__(self, layout: str, outer: StateOptimizer, state: State, chain: Chain) -> None:
         self._layout = layout
         self._outer = outer
         self._candidates: OrderedDict[tuple[bytes, bytes], State] = OrderedDict()
@@ -157,7 +157,8 @@ class Replica:
         Raises:
             ValueError: it is not finite, or the average is not of this length.
         """
-        base, numel = self.state, self.numel
+        base, numel, head = self.state, self.numel, self.chain.newest.outcome
+        at = Position(round=head.round, samples=head.samples)
         if average.numel != numel:
             raise ValueError(f"an average of {average.numel} elements, not {numel}")
         theta_N, momentum_N = empty_vector(numel), empty_vector(numel)
@@ -167,8 +168,9 @@ class Replica:
             span = slice(start, start + chunk.elements)
             delta_E = scratch_E[: chunk.elements]
             average.decode(chunk, delta_E)
+            before = base.theta_N[span], base.momentum_N[span]
             out = theta_N[span], momentum_N[span]
-            if not self._outer.advance(base.theta_N[span], base.momentum_N[span], delta_E, out):
+            if not self._outer.advance(before, delta_E, out, at):
                 raise ValueError("an average leads to a state that is not finite")
             start = span.stop
         return State(theta_N, momentum_N, state_root(self._layout, theta_N, momentum_N))

@@ -64,7 +64,7 @@ from coordinator_free.messages import (
     Plan,
 )
 from coordinator_free.outbox import Outbox
-from coordinator_free.outer import NesterovOuter, OuterConfig
+from coordinator_free.outer import OuterConfig, OuterOptimizer
 from coordinator_free.partition import largest_chunk
 from coordinator_free.replica import Replica, State, state_root
 from coordinator_free.tls import ServerCertificate
@@ -196,7 +196,7 @@ class Session:
             peer_id=identity.peer_id,
             round=config.round,
             layout=config.layout,
-            outer=NesterovOuter(config.outer),
+            outer=OuterOptimizer(config.outer),
             numel=config.numel,
             folder=config.checkpoints,
         )
@@ -382,7 +382,7 @@ class Session:
 
     def _prepare(self) -> None:
         codecs.prepare(self.config.round.codec)
-        NesterovOuter(self.config.outer).prepare()
+        OuterOptimizer(self.config.outer).prepare()
 
     async def _get_state(self, me: Member, initial_N: Tensor | None, rejoin_s: float) -> bool:
         """Begin with a state and the certificate that names it; False if stopped before."""
@@ -408,7 +408,7 @@ class Session:
             state = State(initial_N, momentum_N, root)
             chain = Chain.begin(certificates.found(self.config.run_id, me, self._identity, root))
         self._traffic_before = self._traffic()
-        self._replica = Replica(self.config.layout, NesterovOuter(self.config.outer), state, chain)
+        self._replica = Replica(self.config.layout, OuterOptimizer(self.config.outer), state, chain)
         self._donor = Donor(self._replica, self.config.serve_bps, self._now)
         self._note()
         self._start_machine(me, chain.newest)

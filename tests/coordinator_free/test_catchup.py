@@ -23,7 +23,7 @@ from coordinator_free.chain import Chain
 from coordinator_free.config import RoundConfig
 from coordinator_free.contact import Contact
 from coordinator_free.messages import NO_DIGEST, Certificate, Kind
-from coordinator_free.outer import NesterovOuter, OuterConfig
+from coordinator_free.outer import OuterConfig, OuterOptimizer
 from coordinator_free.replica import LEAF_ELEMENTS, MIN_KEPT_AVERAGES, Replica, State
 from coordinator_free.session import Session
 from coordinator_free.transfer import Transfer
@@ -173,7 +173,7 @@ def catch_up(me: Me, others: Others, codec: str = "int4", folder: Path | None = 
         peer_id="me",
         round=RoundConfig(codec=codec, exchange_s=1.0),
         layout=LAYOUT,
-        outer=NesterovOuter(OuterConfig()),
+        outer=OuterOptimizer(OuterConfig()),
         numel=NUMEL,
         folder=folder,
     )

@@ -18,7 +18,7 @@ from coordinator_free.config import RoundConfig
 from coordinator_free.contact import Contact
 from coordinator_free.machine import Machine
 from coordinator_free.messages import Certificate, Kind
-from coordinator_free.outer import NesterovOuter, OuterConfig
+from coordinator_free.outer import OuterConfig, OuterOptimizer
 from coordinator_free.replica import State
 from coordinator_free.transfer import Transfer
 from coordinator_free.transport import Client
@@ -91,7 +91,7 @@ class Stranded:
             peer_id="a",
             round=CONFIG,
             layout=LAYOUT,
-            outer=NesterovOuter(OuterConfig()),
+            outer=OuterOptimizer(OuterConfig()),
             numel=NUMEL,
         )
         coming = ComeBack(

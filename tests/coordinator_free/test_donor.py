@@ -27,7 +27,7 @@ from coordinator_free.messages import (
     Hello,
     Kind,
 )
-from coordinator_free.outer import NesterovOuter, OuterConfig
+from coordinator_free.outer import OuterConfig, OuterOptimizer
 from coordinator_free.replica import LEAF_ELEMENTS, Replica, State, leaf_digests
 from coordinator_free.transfer import Transfer
 from coordinator_free.transport import Client
@@ -305,7 +305,7 @@ def swarm(names: str) -> tuple[Network, State]:
     whole = state(numel=BIG)
     chain = Chain.begin(certificate(whole.root, kind=Kind.FOUND))
     for name in names:
-        held = Replica(LAYOUT, NesterovOuter(OuterConfig()), whole, chain)
+        held = Replica(LAYOUT, OuterOptimizer(OuterConfig()), whole, chain)
         network.donors[name] = donor(held, asyncio.get_running_loop().time)
     return network, whole
 

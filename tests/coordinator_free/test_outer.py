@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -11,8 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator_free import kernels
-from coordinator_free.outer import SEGMENT, NesterovOuter, OuterConfig
+from coordinator_free.optimizer import Position
+from coordinator_free.outer import SEGMENT, OuterConfig, OuterOptimizer
 from dht.errors import ConfigError
+
+START = Position(round=0, samples=0)
 
 
 @pytest.fixture(params=["numba", "torch"], scope="module", autouse=True)
@@ -38,6 +43,15 @@ def numpy_step(
     return theta - ahead, m
 
 
+def after(
+    outer: OuterOptimizer, before: Sequence[torch.Tensor], delta: torch.Tensor
+) -> list[torch.Tensor]:
+    """Where one step leads, in fresh memory."""
+    out = [torch.full_like(vector, 7.0) for vector in before]
+    outer.advance(before, delta, out, START)
+    return out
+
+
 @given(
     seed=st.integers(0, 2**32 - 1),
     n=st.integers(0, 300),
@@ -55,27 +69,48 @@ def test_bit_for_bit_the_same_as_numpy_operation_by_operation(
         (rng.standard_normal(n) * 2.0**exponent).astype(np.float32)
         for exponent in (0, spread, spread)
     )
-    theta_t, m_t, delta_t = (torch.from_numpy(v.copy()) for v in (theta, m, delta))
+    *state, delta_t = (torch.from_numpy(v.copy()) for v in (theta, m, delta))
     for _ in range(3):
-        NesterovOuter(config).step(theta_t, m_t, delta_t)
+        state = after(OuterOptimizer(config), state, delta_t)
         theta, m = numpy_step(theta, m, delta, config)
-    assert theta_t.numpy().tobytes() == theta.tobytes()
-    assert m_t.numpy().tobytes() == m.tobytes()
+    assert state[0].numpy().tobytes() == theta.tobytes()
+    assert state[1].numpy().tobytes() == m.tobytes()
     assert delta_t.numpy().tobytes() == delta.tobytes()
 
 
-def test_where_the_vector_is_cut_does_not_show() -> None:
+@given(seed=st.integers(0, 2**32 - 1), n=st.integers(0, 300), lr=st.floats(1e-3, 2.0))
+@settings(deadline=None)
+def test_without_momentum_bit_for_bit_the_same_as_numpy(seed: int, n: int, lr: float) -> None:
+    theta, delta = np.random.default_rng(seed).standard_normal((2, n)).astype(np.float32)
+    outer = OuterOptimizer(OuterConfig(kind="sgd", lr=lr))
+    (moved,) = after(outer, [torch.from_numpy(theta)], torch.from_numpy(delta))
+    assert moved.numpy().tobytes() == (theta - delta * np.float32(lr)).tobytes()
+
+
+def test_how_long_the_vectors_of_a_state_are() -> None:
+    assert OuterOptimizer(OuterConfig()).lengths(5) == (5, 5)
+    assert OuterOptimizer(OuterConfig(kind="sgd")).lengths(5) == (5,)
+
+
+@pytest.mark.parametrize("kind", ["nesterov", "sgd"])
+def test_where_the_vector_is_cut_does_not_show(kind: Literal["nesterov", "sgd"]) -> None:
+    """Nor anything outside the memory that is given; and what is given is not changed."""
+    outer = OuterOptimizer(OuterConfig(kind=kind))
     n = 2 * SEGMENT + 1001
     generator = torch.Generator().manual_seed(1)
-    theta, m, delta = (torch.randn(n, generator=generator) for _ in range(3))
-    outer = NesterovOuter(OuterConfig())
-    whole_theta, whole_m = theta.clone(), m.clone()
-    outer.step(whole_theta, whole_m, delta)
-    for start in range(0, n, 12_345):
-        part = slice(start, start + 12_345)
-        outer.step(theta[part], m[part], delta[part])
-    assert torch.equal(theta, whole_theta)
-    assert torch.equal(m, whole_m)
+    vectors = [torch.randn(n, generator=generator) for _ in range(3)]
+    copies = [vector.clone() for vector in vectors]
+    delta, before = vectors[0], vectors[1 : 1 + len(outer.lengths(n))]
+    whole = after(outer, before, delta)
+    memory = torch.full((len(before), n + 2), 7.0)
+    cuts = [0, 0, 1, 1000, SEGMENT, SEGMENT + 3, n]
+    for start, stop in itertools.pairwise(cuts):
+        part = slice(start, stop)
+        out = [vector[1:-1][part] for vector in memory]
+        assert outer.advance([v[part] for v in before], delta[part], out, START)
+    assert torch.equal(memory[:, 1:-1], torch.stack(whole))
+    assert (memory[:, [0, -1]] == 7).all()
+    assert all(torch.equal(a, b) for a, b in zip(vectors, copies, strict=True))
 
 
 def test_nothing_is_fused() -> None:
@@ -84,7 +119,7 @@ def test_nothing_is_fused() -> None:
     generator = torch.Generator().manual_seed(4)
     theta, m, delta = (torch.randn(n, generator=generator) for _ in range(3))
     after_theta, after_m = (
-        v.numpy() for v in NesterovOuter(OuterConfig()).preview(theta, m, delta)
+        v.numpy() for v in after(OuterOptimizer(OuterConfig()), (theta, m), delta)
     )
     expected_theta, expected_m = numpy_step(theta.numpy(), m.numpy(), delta.numpy(), OuterConfig())
     assert after_theta.tobytes() == expected_theta.tobytes()
@@ -96,90 +131,76 @@ def test_nothing_is_fused() -> None:
         assert (fused_m != expected_m)[lane::64].any(), "the test cannot tell"
 
 
-def test_follows_torchs_own_nesterov_sgd() -> None:
+@pytest.mark.parametrize("kind", ["nesterov", "sgd"])
+def test_follows_torchs_own_sgd(kind: Literal["nesterov", "sgd"]) -> None:
+    nesterov = kind == "nesterov"
     generator = torch.Generator().manual_seed(2)
     theta = torch.randn(1000, generator=generator)
-    m = torch.zeros(1000)
     parameter = torch.nn.Parameter(theta.clone())
-    reference = torch.optim.SGD([parameter], lr=0.7, momentum=0.6, nesterov=True)
-    outer = NesterovOuter(OuterConfig())
+    reference = torch.optim.SGD(
+        [parameter], lr=0.7, momentum=0.6 if nesterov else 0.0, nesterov=nesterov
+    )
+    state = [theta, torch.zeros(1000)] if nesterov else [theta]
     for _ in range(20):
         delta = torch.randn(1000, generator=generator)
-        outer.step(theta, m, delta)
+        state = after(OuterOptimizer(OuterConfig(kind=kind)), state, delta)
         parameter.grad = delta.clone()
         reference.step()
-    torch.testing.assert_close(theta, parameter.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state[0], parameter.detach(), rtol=1e-5, atol=1e-5)
 
 
-def test_preview_is_the_step_and_touches_nothing() -> None:
-    generator = torch.Generator().manual_seed(3)
-    vectors = [torch.randn(SEGMENT + 3, generator=generator) for _ in range(3)]
-    before = [v.clone() for v in vectors]
-    outer = NesterovOuter(OuterConfig(lr=0.3, momentum=0.9))
-    theta_after, m_after = outer.preview(*vectors)
-    assert all(torch.equal(a, b) for a, b in zip(vectors, before, strict=True))
-    outer.step(*vectors)
-    assert torch.equal(vectors[0], theta_after)
-    assert torch.equal(vectors[1], m_after)
-
-
-def test_preview_into_slices_of_given_memory() -> None:
-    generator = torch.Generator().manual_seed(5)
-    n = SEGMENT + 3
-    vectors = [torch.randn(n, generator=generator) for _ in range(3)]
-    before = [v.clone() for v in vectors]
-    outer = NesterovOuter(OuterConfig())
-    theta_after, m_after = outer.preview(*vectors)
-    memory = torch.full((2, n + 2), 7.0)
-    out = memory[0, 1:-1], memory[1, 1:-1]
-    for start, stop in ((0, 0), (0, 1), (1, 1000), (1000, SEGMENT), (SEGMENT, n)):
-        parts = [v[start:stop] for v in vectors]
-        part_out = out[0][start:stop], out[1][start:stop]
-        written = outer.preview(*parts, out=part_out)
-        assert written[0] is part_out[0]
-        assert written[1] is part_out[1]
-    assert torch.equal(out[0], theta_after)
-    assert torch.equal(out[1], m_after)
-    assert (memory[:, [0, -1]] == 7).all()
-    assert all(torch.equal(a, b) for a, b in zip(vectors, before, strict=True))
-
-
-@pytest.mark.parametrize("which", [0, 1, 2], ids=["theta", "m", "delta"])
+@pytest.mark.parametrize(
+    ("kind", "which"),
+    [("nesterov", 0), ("nesterov", 1), ("nesterov", 2), ("sgd", 0), ("sgd", 1)],
+    ids=["nesterov-delta", "nesterov-theta", "nesterov-m", "sgd-delta", "sgd-theta"],
+)
 @pytest.mark.parametrize("wild", [math.nan, math.inf, -math.inf, 3.4e38, -3.4e38])
 @pytest.mark.parametrize("place", [0, 15, 16, 70, SEGMENT - 1, SEGMENT, SEGMENT + 2])
-def test_says_whether_all_is_finite(which: int, wild: float, place: int) -> None:
-    outer = NesterovOuter(OuterConfig(lr=2.0, momentum=0.9))
-    vectors = [torch.full((SEGMENT + 3,), 0.5) for _ in range(3)]
-    assert outer.advance(*vectors, out=(torch.empty_like(vectors[0]), vectors[1].clone())) is True
+def test_says_whether_all_is_finite(
+    kind: Literal["nesterov", "sgd"], which: int, wild: float, place: int
+) -> None:
+    outer = OuterOptimizer(OuterConfig(kind=kind, lr=2.0, momentum=0.9))
+    vectors = [torch.full((SEGMENT + 3,), 0.5) for _ in range(1 + len(outer.lengths(1)))]
+    out = [torch.empty_like(vector) for vector in vectors[1:]]
+    assert outer.advance(vectors[1:], vectors[0], out, START) is True
     vectors[which][place] = wild
-    if which == 0 and math.isfinite(wild):
-        vectors[2][place] = -wild  # alone, so large a parameter stays one
-    out = torch.empty_like(vectors[0]), torch.empty_like(vectors[1])
-    finite = all(bool(torch.isfinite(v).all()) for v in outer.preview(*vectors))
-    assert outer.advance(*vectors, out=out) is finite
-    assert outer.step(*vectors) is finite
-    assert finite is False  # all of these overflow in the end
+    if which == 1 and math.isfinite(wild):
+        vectors[0][place] = -wild  # alone, so large a parameter stays one
+    assert outer.advance(vectors[1:], vectors[0], out, START) is False
+    assert not all(bool(torch.isfinite(v).all()) for v in out)
 
 
-def test_preparing_leaves_nothing_to_compile() -> None:
-    NesterovOuter(OuterConfig()).prepare()
+@pytest.mark.parametrize("kind", ["nesterov", "sgd"])
+def test_preparing_leaves_nothing_to_compile(kind: Literal["nesterov", "sgd"]) -> None:
+    OuterOptimizer(OuterConfig(kind=kind)).prepare()
 
 
 def test_a_slice_that_does_not_fit_changes_nothing() -> None:
-    theta, m = torch.ones(4), torch.ones(4)
-    outer = NesterovOuter(OuterConfig())
-    for delta in (torch.ones(3), torch.ones(4, dtype=torch.float64), torch.ones(8)[::2]):
-        with pytest.raises(ValueError, match="outer vectors"):
-            outer.step(theta, m, delta)
-        with pytest.raises(ValueError, match="outer vectors"):
-            outer.advance(theta, m, torch.ones(4), out=(theta.clone(), delta))
-    assert torch.equal(theta, torch.ones(4))
-    assert torch.equal(m, torch.ones(4))
+    fits = [torch.ones(4) for _ in range(5)]
+    outer = OuterOptimizer(OuterConfig())
+    wrong = (
+        torch.ones(3),
+        torch.ones(4, dtype=torch.float64),
+        torch.ones(8)[::2],
+        torch.ones(2, 2),
+        torch.tensor(1.0),
+    )
+    for place, vector in itertools.product(range(5), wrong):
+        theta, m, delta, out_theta, out_m = [*fits[:place], vector, *fits[place + 1 :]]
+        with pytest.raises(ValueError, match="a state's vectors"):
+            outer.advance((theta, m), delta, (out_theta, out_m), START)
+    for kind, count in (("nesterov", 1), ("sgd", 2)):
+        with pytest.raises(ValueError, match="a state's vectors"):
+            OuterOptimizer(OuterConfig(kind=kind)).advance(
+                fits[:count], fits[2], fits[3 : 3 + count], START
+            )
+    assert all(torch.equal(vector, torch.ones(4)) for vector in fits)
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
+        ("kind", "adam"),
         ("lr", 0.0),
         ("lr", -1.0),
         ("lr", math.nan),
@@ -189,6 +210,6 @@ def test_a_slice_that_does_not_fit_changes_nothing() -> None:
         ("momentum", math.nan),
     ],
 )
-def test_impossible_constants_are_one_line_config_errors(field: str, value: float) -> None:
+def test_impossible_constants_are_one_line_config_errors(field: str, value: object) -> None:
     with pytest.raises(ConfigError, match=f"outer.{field}"):
         OuterConfig(**{field: value})

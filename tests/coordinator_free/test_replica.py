@@ -12,7 +12,8 @@ from coordinator_free.average import Average, Chunk
 from coordinator_free.chain import Chain
 from coordinator_free.codecs import codec
 from coordinator_free.messages import NO_DIGEST, Certificate, Kind, Member, Outcome
-from coordinator_free.outer import NesterovOuter, OuterConfig
+from coordinator_free.optimizer import Position
+from coordinator_free.outer import OuterConfig, OuterOptimizer
 from coordinator_free.replica import (
     KEPT_CANDIDATES,
     KEPT_CERTIFICATES,
@@ -82,7 +83,7 @@ def certificate(
 def replica(numel: int = 100) -> Replica:
     first = state(numel=numel)
     chain = Chain.begin(certificate(first.root, kind=Kind.FOUND))
-    return Replica(LAYOUT, NesterovOuter(OuterConfig()), first, chain)
+    return Replica(LAYOUT, OuterOptimizer(OuterConfig()), first, chain)
 
 
 def apply(held: Replica, root: bytes, one: Average | None) -> None:
@@ -144,8 +145,13 @@ def test_applying_an_average_is_one_outer_step() -> None:
     root = held.consider(one)
     assert held.state is before  # only considered
     apply(held, root, one)
-    theta_N, momentum_N = before.theta_N.clone(), before.momentum_N.clone()
-    NesterovOuter(OuterConfig()).step(theta_N, momentum_N, one.values())
+    theta_N, momentum_N = torch.empty_like(before.theta_N), torch.empty_like(before.momentum_N)
+    OuterOptimizer(OuterConfig()).advance(
+        (before.theta_N, before.momentum_N),
+        one.values(),
+        (theta_N, momentum_N),
+        Position(round=1, samples=0),
+    )
     assert torch.equal(held.state.theta_N, theta_N)
     assert torch.equal(held.state.momentum_N, momentum_N)
     assert held.state.root == root == state_root(LAYOUT, theta_N, momentum_N)
