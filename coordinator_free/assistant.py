@@ -129,8 +129,7 @@ class Assistant:
             client=self._client,
             run_id=config.run_id,
             creator=config.creator,
-            layout="",
-            numel=0,  # it downloads no state and no average
+            shape=None,
             round=config.round,
             check=verify,
         )

@@ -255,6 +255,32 @@ def contributors(
     return [tuple(who for bit, who in named if number >> bit & 1) for number in numbers]
 
 
+def spans_of(
+    peer: str, average: Average, contributions: Sequence[Contribution]
+) -> tuple[tuple[int, int], ...]:
+    """Where a peer's contribution is in an average: (start, stop) in elements, ascending.
+
+    Args:
+        peer: whose.
+        average: of one round.
+        contributions: of the outcome of that round.
+
+    Raises:
+        ValueError: as `contributors`.
+    """
+    spans: list[tuple[int, int]] = []
+    start = 0
+    for chunk, named in zip(average.chunks, contributors(average, contributions), strict=True):
+        stop = start + chunk.elements
+        if any(contribution.peer_id == peer for contribution in named):
+            if spans and spans[-1][1] == start:
+                spans[-1] = (spans[-1][0], stop)
+            else:
+                spans.append((start, stop))
+        start = stop
+    return tuple(spans)
+
+
 def check_bits(plan: Plan, bits: bytes) -> None:
     """Refuse a bitmap that names nobody, or a contribution that the plan does not have.
 

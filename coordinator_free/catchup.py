@@ -37,9 +37,10 @@ from coordinator_free.chain import Chain
 from coordinator_free.codecs import codec
 from coordinator_free.config import RoundConfig
 from coordinator_free.contact import Contact
-from coordinator_free.messages import Certificate, Kind
+from coordinator_free.messages import Certificate, Kind, Outcome
 from coordinator_free.optimizer import StateOptimizer
-from coordinator_free.replica import MIN_KEPT_AVERAGES, Replica, State
+from coordinator_free.replica import MIN_KEPT_AVERAGES, Replica
+from coordinator_free.state import Shape, State
 from coordinator_free.transfer import Transfer
 from dht.directory import Directory
 from dht.errors import PeerError, ProtocolViolation, StateError, SwarmError
@@ -162,9 +163,8 @@ class CatchUp:
         run_id: of the run.
         peer_id: of this peer.
         round: how rounds are run.
-        layout: of the parameters.
-        outer: the outer optimizer.
-        numel: length of the vector.
+        shape: of the run's states.
+        optimizer: turns averages into states.
         folder: where rounds that pass during a download are kept, if it exists; else that is where
             the system keeps temporary files, often in memory.
     """
@@ -178,9 +178,8 @@ class CatchUp:
         run_id: str,
         peer_id: str,
         round: RoundConfig,
-        layout: str,
-        outer: StateOptimizer,
-        numel: int,
+        shape: Shape,
+        optimizer: StateOptimizer,
         folder: Path | None = None,
     ) -> None:
         self._place = place
@@ -189,9 +188,8 @@ class CatchUp:
         self._run_id = run_id
         self._peer_id = peer_id
         self._round = round
-        self._layout = layout
-        self._outer = outer
-        self._numel = numel
+        self._shape = shape
+        self._optimizer = optimizer
         self._folder = folder
         self._looking: dict[str, tuple[asyncio.Task[None], float]] = {}  # and since when
         self._doubts: dict[str, float] = {}  # peer id: until when
@@ -333,7 +331,7 @@ class CatchUp:
         Raises:
             StateError: nobody has that state any more.
         """
-        with _Collected(chain.newest, self._numel, self._folder, shower) as collected:
+        with _Collected(chain.newest, self._shape, self._folder, shower) as collected:
             here = asyncio.Event()
             collecting = asyncio.create_task(self._collect(collected, here))
             try:
@@ -345,7 +343,7 @@ class CatchUp:
             finally:
                 collecting.cancel()
                 await asyncio.gather(collecting, return_exceptions=True)
-            replica = Replica(self._layout, self._outer, state, chain)
+            replica = Replica(self._optimizer, state, chain)
             # While this replays, more is committed. The machine can go the last step by itself.
             while await self._replay_collected(replica, collected) > 1:
                 await self._collect_now(collected)
@@ -428,8 +426,7 @@ class CatchUp:
             if collected.full or not self._transfer.follows(collected.newest, certificate):
                 return False
             if certificate.outcome.kind == Kind.AVERAGE:
-                root = certificate.outcome.vector_root
-                average = await self._transfer.average(contact, root)
+                average = await self._transfer.average(contact, certificate.outcome)
                 await asyncio.to_thread(collected.put, average)
             collected.certificates.append(certificate)
         return True
@@ -441,7 +438,7 @@ class CatchUp:
             outcome = certificate.outcome
             try:
                 if outcome.kind == Kind.AVERAGE:
-                    average = await asyncio.to_thread(collected.get, outcome.vector_root)
+                    average = await asyncio.to_thread(collected.get, outcome)
                     await asyncio.to_thread(replica.consider, average)
                 replica.apply(certificate)
             except (ValueError, OSError, StateError) as error:
@@ -569,8 +566,9 @@ class CatchUp:
         behind while a state downloads costs more than some bytes.
         """
         behind = claim.outcome.round - self._place.head.round
-        average_bytes = codec(self._round.codec).encoded_bytes(self._numel)
-        return behind <= MIN_KEPT_AVERAGES or behind * average_bytes <= 8 * self._numel
+        elements = self._shape.averaged(claim.outcome.round)  # all fragments have nearly as many
+        average_bytes = codec(self._round.codec).encoded_bytes(elements)
+        return behind <= MIN_KEPT_AVERAGES or behind * average_bytes <= 4 * self._shape.elements
 
     async def _replay(self, contact: Contact) -> bool:
         """Go from height to height; False if this peer's heights are on another branch or gone."""
@@ -651,12 +649,12 @@ class _Collected:
     """Certificates that follow on a state that is being downloaded, and their averages on disk."""
 
     def __init__(
-        self, after: Certificate, numel: int, folder: Path | None, source: Contact
+        self, after: Certificate, shape: Shape, folder: Path | None, source: Contact
     ) -> None:
         self.certificates: list[Certificate] = []
         self.newest_applied = after
         self.source = source  # who is asked what follows
-        self._numel = numel
+        self._shape = shape
         self._places: dict[bytes, list[tuple[int, int]]] = {}  # offset and length of each frame
         self._lock = threading.Lock()  # a cancelled download leaves its last write to a thread
         self._gave_up = False
@@ -714,17 +712,17 @@ class _Collected:
                 at += len(frame)
             self._places[average.root] = places
 
-    def get(self, root: bytes) -> Average:
-        """The average, checked again: it was on a disk.
+    def get(self, outcome: Outcome) -> Average:
+        """The average of an outcome, checked again: it was on a disk.
 
         Raises:
             ValueError: it is not what was put there.
             OSError: the disk does not give it back.
         """
         assert self._file is not None
-        reader = AverageReader(self._numel)
+        reader = AverageReader(self._shape.averaged(outcome.round - 1))
         with self._lock:
-            for at, length in self._places[root]:
+            for at, length in self._places[outcome.vector_root]:
                 self._file.seek(at)
                 reader.add(self._file.read(length))
-        return reader.finish(root)
+        return reader.finish(outcome.vector_root)

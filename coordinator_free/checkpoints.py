@@ -4,14 +4,13 @@ One file a checkpoint, numbered in the order of writing. Its layout, numbers big
 little-endian float32:
 
     magic       16 bytes  "shoal checkpoint"
-    version      4 bytes  1
+    version      4 bytes  2
     belongs     32 bytes  BLAKE3("shoal checkpoint run\0" | run id | \0 | layout)
-    numel        8 bytes  length of each vector
+    elements     8 bytes  of all vectors together
     lengths      4 + 4    of the two parts that follow
     certificates          a `Heads` message: the one that names the state, and the one before it
     chain                 opaque here; the proof of those certificates (`chain.Chain`)
-    parameters            4 * numel bytes
-    momentum              4 * numel bytes
+    vectors               4 * elements bytes: of each fragment, its parameters and its moments
     digest      32 bytes  BLAKE3 over everything before it
 
 safetensors would need the whole file as one object in memory; this is written and read in pieces,
@@ -27,6 +26,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import logging
 import os
 import re
@@ -40,7 +40,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import torch
 from blake3 import blake3
 from torch import Tensor
 
@@ -48,13 +47,13 @@ from coordinator_free import certificates, failpoints, wire
 from coordinator_free.certificates import Head
 from coordinator_free.chain import MAX_CHAIN_BYTES, Chain
 from coordinator_free.messages import Certificate, Heads, Kind
-from coordinator_free.replica import State, state_root
+from coordinator_free.state import Shape, State
 from dht.errors import StateError
 
 logger = logging.getLogger(__name__)
 
 _MAGIC = b"shoal checkpoint"
-_VERSION = 1
+_VERSION = 2
 _HEADER = struct.Struct(">16sI32sQII")
 _DIGEST_BYTES = 32
 _PIECE_BYTES = 8 << 20
@@ -67,7 +66,7 @@ class Checkpoint:
     """What a file holds.
 
     Attributes:
-        state: parameters and momentum.
+        state: parameters and moments.
         certificates: the newest names the state; before it, where there is one, its predecessor.
         chain: opaque bytes that were saved beside them.
     """
@@ -88,20 +87,16 @@ class CheckpointStore:
     Args:
         folder: made at the first save.
         run_id: of the run; a file of another one is never loaded.
-        layout: of the model's parameters, see `replica.state_root`.
-        numel: length of the vectors.
+        shape: of the run's states.
         keep: how many of the last ones stay.
     """
 
-    def __init__(
-        self, folder: Path, *, run_id: str, layout: str, numel: int, keep: int = 3
-    ) -> None:
+    def __init__(self, folder: Path, *, run_id: str, shape: Shape, keep: int = 3) -> None:
         self.folder = folder
-        self._layout = layout
-        self._numel = numel
+        self._shape = shape
         self._keep = keep
         self._belongs = blake3(
-            b"shoal checkpoint run\0" + run_id.encode() + b"\0" + layout.encode()
+            b"shoal checkpoint run\0" + run_id.encode() + b"\0" + shape.layout.encode()
         ).digest()
         # A write that was killed: nobody else writes here.
         with contextlib.suppress(OSError):
@@ -120,12 +115,13 @@ class CheckpointStore:
             StateError: it cannot be written; the older ones are as they were.
             ValueError: the certificate names another state, or something is over-long.
         """
-        if chain_end[-1].outcome.state_root != state.root or len(state.theta_N) != self._numel:
+        if chain_end[-1].outcome.state_root != state.root or state.shape != self._shape:
             raise ValueError("a state and the certificate that should name it differ")
         if len(chain) > MAX_CHAIN_BYTES:
             raise ValueError(f"a chain of {len(chain)} bytes is too large for a checkpoint")
         named = wire.encode(Heads(certificates=tuple(chain_end)))
-        header = _HEADER.pack(_MAGIC, _VERSION, self._belongs, self._numel, len(named), len(chain))
+        elements = self._shape.elements
+        header = _HEADER.pack(_MAGIC, _VERSION, self._belongs, elements, len(named), len(chain))
         try:
             self._make_folder()
             files = self._files()
@@ -133,9 +129,9 @@ class CheckpointStore:
             descriptor, temporary = tempfile.mkstemp(prefix=_LEFTOVER, dir=self.folder)
             try:
                 with os.fdopen(descriptor, "wb", buffering=0) as file:  # mkstemp: mode 0600
-                    _reserve(file, _size(self._numel, len(named), len(chain)))
+                    _reserve(file, _size(elements, len(named), len(chain)))
                     hasher = blake3()
-                    for piece in _pieces(header, named, chain, state.theta_N, state.momentum_N):
+                    for piece in _pieces(header, named, chain, *state.vectors()):
                         hasher.update(piece)
                         _write_all(file, piece)
                     failpoints.reach("checkpoint.write")
@@ -217,16 +213,16 @@ class CheckpointStore:
         raw = file.read(_HEADER.size)
         if len(raw) != _HEADER.size:
             raise ValueError("it is too short")
-        magic, version, belongs, numel, named_bytes, chain_bytes = _HEADER.unpack(raw)
+        magic, version, belongs, elements, named_bytes, chain_bytes = _HEADER.unpack(raw)
         if magic != _MAGIC:
             raise ValueError("it is no checkpoint")
         if version != _VERSION:
             raise ValueError(f"it has format {version}, this program reads {_VERSION}")
-        if belongs != self._belongs or numel != self._numel:
+        if belongs != self._belongs or elements != self._shape.elements:
             raise ValueError("it belongs to another run or another model")
         if named_bytes > wire.MAX_MESSAGE_BYTES or chain_bytes > MAX_CHAIN_BYTES:
             raise ValueError("a part of it is over-long")
-        if os.fstat(file.fileno()).st_size != _size(numel, named_bytes, chain_bytes):
+        if os.fstat(file.fileno()).st_size != _size(elements, named_bytes, chain_bytes):
             raise ValueError("it has another length than it says")
         heads = wire.decode(_read_exactly(file, named_bytes))
         if not isinstance(heads, Heads) or not 1 <= len(heads.certificates) <= 2:
@@ -241,17 +237,16 @@ class CheckpointStore:
             hasher = blake3(_read_exactly(file, before))
             chain = _read_exactly(file, chain_bytes)
             hasher.update(chain)
-            theta_N, momentum_N = torch.empty(self._numel), torch.empty(self._numel)
-            for vector_N in (theta_N, momentum_N):
-                for piece in _pieces(vector_N):
-                    _read_into(file, piece)
-                    hasher.update(piece)
+            vectors = self._shape.empty()
+            for piece in _pieces(*itertools.chain(*vectors)):
+                _read_into(file, piece)
+                hasher.update(piece)
             if file.read(_DIGEST_BYTES) != hasher.digest():
                 raise ValueError("its digest is wrong: it was damaged")
-        root = named[-1].outcome.state_root
-        if state_root(self._layout, theta_N, momentum_N) != root:
+        state = State.of(self._shape, vectors)
+        if state.root != named[-1].outcome.state_root:
             raise ValueError("its state is not the one that its certificate names")
-        return Checkpoint(state=State(theta_N, momentum_N, root), certificates=named, chain=chain)
+        return Checkpoint(state=state, certificates=named, chain=chain)
 
 
 class Keeper:
@@ -334,8 +329,8 @@ class Keeper:
         logger.info("checkpoints.saved file=%s round=%d", path, round)
 
 
-def _size(numel: int, named_bytes: int, chain_bytes: int) -> int:
-    return _HEADER.size + named_bytes + chain_bytes + 8 * numel + _DIGEST_BYTES
+def _size(elements: int, named_bytes: int, chain_bytes: int) -> int:
+    return _HEADER.size + named_bytes + chain_bytes + 4 * elements + _DIGEST_BYTES
 
 
 def _pieces(*parts: bytes | Tensor) -> Iterator[memoryview]:

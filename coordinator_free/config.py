@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 KEPT_CANDIDATES = 4
 """States that a peer keeps beside its own until one of them is decided, the latest ones."""
@@ -13,6 +14,12 @@ class RoundConfig:
     """How the swarm runs its rounds; the same for all of its peers.
 
     Attributes:
+        mode: what is averaged: "diloco", the change of the parameters over some local steps, or
+            "gradient", the gradient of one common batch.
+        fragments: the parameters are averaged in so many parts, one a round, in turn.
+        target_batch: in gradient mode, samples of all peers together that make a round.
+        weight_cap: with "diloco", nobody's samples count for more than so many times the median; 0
+            for no cap.
         start_peers: the first round begins when so many are there.
         rounds: the run ends after so many; 0 for no end.
         codec: what tensors are encoded as (`codecs`).
@@ -26,6 +33,10 @@ class RoundConfig:
         provisional_s: how long more than half must be gone before the rest goes on without.
     """
 
+    mode: Literal["diloco", "gradient"] = "diloco"
+    fragments: int = 1
+    target_batch: int = 0
+    weight_cap: float = 4.0
     start_peers: int = 1
     rounds: int = 0
     codec: str = "int4"
@@ -39,7 +50,16 @@ class RoundConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """What a plan needs to know about the vector: its length and how much can be one chunk."""
+    """What a plan needs to know about the vectors that the rounds average.
 
-    numel: int
+    Attributes:
+        lengths: of the fragments; the rounds take them in turn.
+        largest_chunk: how many elements can be one chunk.
+    """
+
+    lengths: tuple[int, ...]
     largest_chunk: int
+
+    def numel(self, round: int) -> int:
+        """Length of the vector that a round averages."""
+        return self.lengths[round % len(self.lengths)]

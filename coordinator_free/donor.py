@@ -32,7 +32,8 @@ from coordinator_free.messages import (
     Heads,
     Hello,
 )
-from coordinator_free.replica import Replica, State, leaf_digests
+from coordinator_free.replica import Replica
+from coordinator_free.state import State
 from dht.errors import Overloaded, StateError
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,6 @@ class Throttle:
 class _Lease:
     state: State
     until: float
-    digests: asyncio.Future[list[bytes]] | None = None
 
 
 @dataclass(slots=True)
@@ -166,18 +166,19 @@ class Donor:
 
     async def _state(self, sender: str, request: FetchState) -> AsyncGenerator[bytes, None]:
         lease = self._lease(request.state_root)
-        if any(leaf >= lease.state.leaves for leaf in request.leaves):
+        leaves = len(lease.state.shape.leaves)
+        if any(leaf >= leaves for leaf in request.leaves):
             raise ValueError("a request for a leaf that there is not")
         with self._slot(sender):
             self._renew(lease)
             if not request.leaves:
-                digests = await self._digests(lease)
+                digests = lease.state.digests
                 for at in range(0, len(digests), DIGESTS_A_FRAME):
                     raw = b"".join(digests[at : at + DIGESTS_A_FRAME])
                     await self._throttle.take(sender, len(raw))
                     yield wire.pack_frame(FrameHeader(part=1, chunk=at), raw)
             for leaf in request.leaves:
-                if leaf == lease.state.leaves // 2:
+                if leaf == leaves // 2:
                     await failpoints.reach_async("donor.half")
                 payload = lease.state.leaf(leaf)
                 await self._throttle.take(sender, len(payload))
@@ -228,12 +229,3 @@ class Donor:
         finally:
             slot.streams -= 1
             slot.until = self._clock() + SLOT_S
-
-    async def _digests(self, lease: _Lease) -> list[bytes]:
-        """Computed once for each state, aside: a state of gigabytes takes a second."""
-        if lease.digests is None:
-            state = lease.state
-            lease.digests = asyncio.get_running_loop().run_in_executor(
-                None, leaf_digests, state.theta_N, state.momentum_N
-            )
-        return await asyncio.shield(lease.digests)

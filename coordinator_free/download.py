@@ -20,17 +20,17 @@ the state, its digests and the window of each donor.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from blake3 import blake3
 
-from coordinator_free.memory import bytes_of, empty_vector
-from coordinator_free.replica import State, layout_leaf, leaf_bounds
-from coordinator_free.wire import tree_root
+from coordinator_free.memory import bytes_of
+from coordinator_free.state import Fragment, Shape, State
 from dht.errors import StateError
 
 WINDOW = 4  # leaves asked of one donor and not here yet
@@ -96,24 +96,22 @@ class Download:
 
     Args:
         root: of the state.
-        layout: see `replica.state_root`.
-        numel: length of its vectors.
+        shape: of the run's states.
 
     Attributes:
         received: good leaves by donor, those that came twice included.
         liars: peers that sent what no correct peer sends.
     """
 
-    def __init__(self, root: bytes, layout: str, numel: int) -> None:
+    def __init__(self, root: bytes, shape: Shape) -> None:
         self.received: dict[str, int] = {}
         self.liars: set[str] = set()
         self._root = root
-        self._layout = layout
-        self._vectors = (empty_vector(numel), empty_vector(numel))
-        self._raw = tuple(bytes_of(vector) for vector in self._vectors)
-        self._bounds = leaf_bounds(numel)
+        self._shape = shape
+        self._vectors = shape.empty()
+        self._raw = tuple(tuple(map(bytes_of, vectors)) for vectors in self._vectors)
         self._digests: Sequence[bytes] | None = None
-        self._wanted = deque(range(len(self._bounds)))  # asked of nobody
+        self._wanted = deque(range(self.leaves))  # asked of nobody
         self._missing = set(self._wanted)
         self._donors: dict[str, _Donor] = {}
         self._busy_until: dict[str, float] = {}
@@ -138,9 +136,7 @@ class Download:
         them = self._donors.get(donor)
         if them is None or them.digests_asked is None:
             return self._drain(now)
-        if len(digests) != len(self._bounds) or self._root != tree_root(
-            [layout_leaf(self._layout), *digests]
-        ):
+        if len(digests) != self.leaves or self._root != self._shape.root(digests):
             self._lie(donor, "sent a list of digests that does not have the root")
         else:
             self._digests = tuple(digests)
@@ -154,8 +150,11 @@ class Download:
         them = self._donors.get(donor)
         if them is None or leaf not in them.owes or self._digests is None:
             return self._drain(now)
-        vector, start, stop = self._bounds[leaf]
-        if len(payload) != stop - start or blake3(payload).digest() != self._digests[leaf]:
+        place = self._shape.leaves[leaf]
+        if (
+            len(payload) != place.stop - place.start
+            or blake3(payload).digest() != self._digests[leaf]
+        ):
             self._lie(donor, f"sent a wrong leaf {leaf}")
             return self._drain(now)
         del them.owes[leaf]
@@ -166,7 +165,7 @@ class Download:
         them.window = min(them.window + 1, WINDOW)
         self.received[donor] = self.received.get(donor, 0) + 1
         if leaf in self._missing:
-            self._raw[vector][start:stop] = payload
+            self._raw[place.fragment][place.vector][place.start : place.stop] = payload
             self._missing.discard(leaf)
             for peer, other in self._donors.items():
                 if other.owes.pop(leaf, None) is not None:
@@ -224,7 +223,7 @@ class Download:
             if hopeless or now - self._alone_since > patience:
                 raise StateError(
                     f"nobody is left to get the state from; "
-                    f"{len(self._missing)} of {len(self._bounds)} leaves are missing"
+                    f"{len(self._missing)} of {self.leaves} leaves are missing"
                 )
         return self._drain(now)
 
@@ -238,7 +237,7 @@ class Download:
     @property
     def leaves(self) -> int:
         """How many leaves the state has."""
-        return len(self._bounds)
+        return len(self._shape.leaves)
 
     @property
     def donors(self) -> tuple[str, ...]:
@@ -251,9 +250,17 @@ class Download:
         Raises:
             StateError: some of it is missing.
         """
-        if not self.done:
+        if not self.done or self._digests is None:
             raise StateError(f"{len(self._missing)} leaves of a state are missing")
-        return State(*self._vectors, self._root)
+        digests = iter(self._digests)
+        counts = Counter(leaf.fragment for leaf in self._shape.leaves)
+        return State(
+            self._shape,
+            tuple(
+                Fragment(vectors, tuple(itertools.islice(digests, counts[number])))
+                for number, vectors in enumerate(self._vectors)
+            ),
+        )
 
     # -- inside -------------------------------------------------------------------------------
 
@@ -273,7 +280,7 @@ class Download:
     def _patience_with(self, peer: str) -> float:
         """Seconds that may pass between two leaves of this donor."""
         rates = [d.leaf_s for p, d in self._donors.items() if p != peer and d.leaf_s < math.inf]
-        leaf_bytes = max(stop - start for _, start, stop in self._bounds)
+        leaf_bytes = max(leaf.stop - leaf.start for leaf in self._shape.leaves)
         slowest = leaf_bytes / SLOWEST_BPS
         if rates:
             slowest = min(slowest, MUCH_SLOWER * statistics.median(rates))

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from coordinator_free.memory import empty_vector
+from coordinator_free.state import State
 from dht.errors import RoundError, SwarmError
 
 logger = logging.getLogger(__name__)
@@ -33,15 +33,27 @@ class Assignment:
         round: index of the round.
         seat: this peer's number among `seats`; blocks of data are dealt out by it.
         seats: how many train in this round.
-        theta_N: (N,) float32 parameters to train from. Never to be changed.
-        closing: set when the others wait: submit what there is.
+        samples: what the swarm had been trained on before this round.
+        state: to train from; the round averages one of its fragments.
+        closing: set when the others wait: hand in what there is.
     """
 
     round: int
     seat: int
     seats: int
-    theta_N: Tensor
+    samples: int
+    state: State
     closing: threading.Event
+
+    @property
+    def fragment(self) -> int:
+        """Number of the fragment that this round averages."""
+        return self.state.shape.fragment(self.round)
+
+    @property
+    def theta_N(self) -> Tensor:
+        """(N,) float32 parameters to train from. Never to be changed."""
+        return self.state.theta_N
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +62,8 @@ class RoundResult:
 
     Attributes:
         round: its index.
-        included: whether this peer's work is in the average.
+        spans: where in the averaged fragment this peer's work is in the mean: (start, stop) in
+            elements of that, ascending.
         members: how many peers contributed.
         digest: root of the state after it, hex; equal on all peers.
         samples: this peer's.
@@ -62,7 +75,7 @@ class RoundResult:
     """
 
     round: int
-    included: bool
+    spans: tuple[tuple[int, int], ...]
     members: int
     digest: str
     samples: int
@@ -72,17 +85,22 @@ class RoundResult:
     allreduce_s: float
     round_s: float
 
+    @property
+    def included(self) -> bool:
+        """Whether this peer's work is in the average."""
+        return bool(self.spans)
+
 
 class Handoff:
-    """One assignment at a time, its pseudo-gradient, and the newest result."""
+    """One assignment at a time, what was handed in for it, and the newest result."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._assignment: Assignment | None = None
         self._taken: Assignment | None = None  # what the training thread works on
-        self._pseudo_gradient_N: Tensor | None = None
+        self._update_E: Tensor | None = None
+        self._samples = 0
         self._result: RoundResult | None = None
-        self._late: tuple[int, Tensor, int] | None = None  # round missed, (N,) float32, samples
         self._closed = False
 
     # -- the training thread ------------------------------------------------------------------
@@ -96,56 +114,63 @@ class Handoff:
             self._taken = self._assignment
             return self._assignment
 
-    def submit(
-        self, local_N: Tensor, samples: int, notify: Callable[[int, int], None]
-    ) -> RoundResult:
-        """Hand in the parameters trained from the last assignment; wait for the round's end.
-
-        Work that came too late for its round is not lost: it is averaged into that of the next one,
-        each weighted by its samples. Only the round before counts: older work was done for a model
-        that is gone.
+    def hand_in(self, update_E: Tensor, samples: int, notify: Callable[[int, int], None]) -> None:
+        """Offer the work on the last assignment that was taken; never waits.
 
         Args:
-            local_N: (N,) float32, CPU. Given away: its memory becomes that of the pseudo-gradient.
+            update_E: (E,) float32, CPU: what this peer contributes to the round's average. Not to
+                be changed before `result` has returned. If it is not finite, it counts for nothing.
             samples: trained on.
-            notify: called with round and samples once the pseudo-gradient can be taken.
+            notify: called with round and samples, if anybody still waits for this work.
+
+        Raises:
+            SessionClosed: there is no work, or no more.
+        """
+        work = self._taken  # only this thread sets it
+        if work is None:
+            raise SessionClosed("there is no work to hand in")
+        if not finite(update_E):
+            logger.error("handoff.not_finite round=%d: the work counts for nothing", work.round)
+            samples = 0
+        with self._changed:
+            self._samples = samples
+            if not self._closed and work is self._assignment and not self._over(work.round):
+                self._update_E = update_E
+                notify(work.round, samples)
+
+    def result(self) -> RoundResult:
+        """Wait for the end of the round of the last assignment that was taken.
 
         Raises:
             SessionClosed: the session ended first.
             RoundError: the work is void, as the swarm went on from another state.
         """
-        work = self._taken  # only this thread sets it
+        work = self._taken
         if work is None:
-            raise SessionClosed("there is no work to submit")
-        if local_N.data_ptr() == work.theta_N.data_ptr():  # which is everybody's
-            local_N = empty_vector(len(local_N))
-            local_N.copy_(work.theta_N)
-        pseudo_gradient_N = torch.sub(work.theta_N, local_N, out=local_N)
-        if not _finite(pseudo_gradient_N):
-            logger.error("handoff.not_finite round=%d: the work counts for nothing", work.round)
-            samples = 0
+            raise SessionClosed("there is no work to wait for")
         with self._changed:
-            late, self._late = self._late, None
-        if late is not None and late[0] == work.round - 1 and samples:
-            _, late_N, late_samples = late
-            total = samples + late_samples
-            pseudo_gradient_N.mul_(samples / total).add_(late_N.mul_(late_samples / total))
-            samples = total
-        with self._changed:
-            if not self._closed and work is self._assignment and not self._over(work.round):
-                self._pseudo_gradient_N = pseudo_gradient_N
-                notify(work.round, samples)
             self._changed.wait_for(
                 lambda: self._closed or work is not self._assignment or self._over(work.round)
             )
             if self._result is not None and self._over(work.round):
-                result = replace(self._result, samples=samples)
-                if result.round == work.round and not result.included and samples:
-                    self._late = (work.round, pseudo_gradient_N, samples)
-                return result
+                return replace(self._result, samples=self._samples)
             if self._closed:
                 raise SessionClosed("the session is over")
             raise RoundError(work.round, "the swarm went on from another state")
+
+    @property
+    def round(self) -> int:
+        """Of the last assignment that was taken; 0 if none was."""
+        work = self._taken
+        return work.round if work is not None else 0
+
+    @property
+    def hurried(self) -> bool:
+        """Whether the others wait for work that was not handed in yet."""
+        with self._changed:
+            work = self._assignment
+            waiting = work is not None and work.closing.is_set() and self._update_E is None
+            return self._closed or waiting
 
     # -- the network's loop -------------------------------------------------------------------
 
@@ -155,7 +180,7 @@ class Handoff:
             if self._assignment is not None:
                 self._assignment.closing.set()
             self._assignment = assignment
-            self._pseudo_gradient_N = None
+            self._update_E = None
             self._changed.notify_all()
 
     def close_work(self, round: int) -> None:
@@ -164,12 +189,12 @@ class Handoff:
             if self._assignment is not None and self._assignment.round == round:
                 self._assignment.closing.set()
 
-    def pseudo_gradient(self, round: int) -> Tensor | None:
-        """(N,) float32: parameters before less after training, if handed in for this round."""
+    def update(self, round: int) -> Tensor | None:
+        """(E,) float32: what was handed in for this round, if anything was."""
         with self._changed:
             if self._assignment is None or self._assignment.round != round:
                 return None
-            return self._pseudo_gradient_N
+            return self._update_E
 
     def resolve(self, result: RoundResult) -> None:
         """A round ended; whoever still works on it may stop."""
@@ -184,7 +209,7 @@ class Handoff:
         with self._changed:
             if self._assignment is not None:
                 self._assignment.closing.set()
-            self._assignment = self._pseudo_gradient_N = self._result = self._late = None
+            self._assignment = self._update_E = self._result = None
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -203,7 +228,7 @@ class Handoff:
         return self._result is not None and self._result.round >= round
 
 
-def _finite(vector_N: Tensor) -> bool:
+def finite(vector_N: Tensor) -> bool:
     """Whether all elements are; without a vector of answers, as isfinite() makes."""
     low, high = torch.aminmax(vector_N)  # NaN if there is one
     return math.isfinite(low.item()) and math.isfinite(high.item())

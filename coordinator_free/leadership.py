@@ -30,6 +30,7 @@ from coordinator_free.messages import (
     Outcome,
     Plan,
     Prepare,
+    Progress,
     Promise,
     Propose,
     Ready,
@@ -109,6 +110,7 @@ class Leadership:
         self._prepared = ballot == 0  # nothing can have been accepted before the first ballot
         self._promises: dict[str, Promise] = {}
         self._readies: dict[str, Ready] = {}
+        self._progress: dict[str, int] = {}  # samples so far
         self._reports: dict[str, Report] = {}
         self._accepts: dict[str, Signature] = {}
         self._began = now
@@ -124,13 +126,15 @@ class Leadership:
         self._beat_at = now
 
     def receive(
-        self, sender: str, message: Ready | Promise | Report | Accepted, now: float
+        self, sender: str, message: Ready | Progress | Promise | Report | Accepted, now: float
     ) -> None:
         """A member's answer in this ballot."""
         machine = self._machine
         match message:
             case Ready() if message.head == machine.head.digest:
                 self._readies[sender] = message
+            case Progress():
+                self._progress[sender] = message.samples
             case Promise():
                 self._promises[sender] = message
                 self._join_in(sender, message)
@@ -282,15 +286,24 @@ class Leadership:
             self._start(ready, now)
         elif self._must_go(now):
             self._regroup(now)
+        elif self._closing_at is None and self._is_batch_full(live):
+            self._closing_at = now
+            self._beat(now)
+        elif ready and self._closing_at is not None:
+            if now - self._closing_at >= machine.config.close_s:
+                self._start(ready, now)
         elif len(ready) >= max(1, math.ceil(machine.config.quorum * len(machine.head.roster))):
             self._quorum_at = self._quorum_at if self._quorum_at is not None else now
             share = max(GRACE_FLOOR_S, GRACE_SHARE * (self._quorum_at - self._began))
-            if self._closing_at is None:
-                if now - self._quorum_at >= min(machine.config.grace_s, share):
-                    self._closing_at = now
-                    self._beat(now)
-            elif now - self._closing_at >= machine.config.close_s:
-                self._start(ready, now)
+            if now - self._quorum_at >= min(machine.config.grace_s, share):
+                self._closing_at = now
+                self._beat(now)
+
+    def _is_batch_full(self, live: set[str]) -> bool:
+        """In gradient mode: whether all together have the samples of a step."""
+        target = self._machine.config.target_batch
+        done = {**self._progress, **{peer: r.samples for peer, r in self._readies.items()}}
+        return 0 < target <= sum(count for peer, count in done.items() if peer in live)
 
     def _must_go(self, now: float) -> bool:
         """Whether a member asked to leave or has been lost for good."""
@@ -317,6 +330,7 @@ class Leadership:
         drafted = draft(
             [self._seat(member) for member in seated],
             machine.layout,
+            machine.head.round,
             machine.config,
             machine.pace_s,
             {
@@ -339,7 +353,7 @@ class Leadership:
                 assistants=tuple(assistants[peer].member for peer in drafted.assistants),
                 links=drafted.links,
                 expected_s=drafted.expected_s,
-                numel=machine.layout.numel,
+                numel=machine.layout.numel(machine.head.round),
                 chunk_elements=drafted.chunk_elements,
                 codec=machine.config.codec,
                 exchange_s=drafted.exchange_s,

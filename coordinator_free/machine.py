@@ -76,6 +76,7 @@ from coordinator_free.messages import (
     Outcome,
     Plan,
     Prepare,
+    Progress,
     Promise,
     Propose,
     Ready,
@@ -146,6 +147,7 @@ class Machine:
         self.rate = Rate(up_bps=0.0, down_bps=0.0)  # of this peer's links, as far as it is known
         self.views: Mapping[str, Rate] = {}  # what it believes of others' links at most
         self._worked: tuple[int, int] | None = None  # round, samples: done and not yet averaged
+        self._progress = 0  # samples of the work under way
         self._working: int | None = None  # round that the trainer is busy with
         self.certificate = certificate
         self.head = Head.after(certificate)
@@ -196,6 +198,13 @@ class Machine:
             self._working = None
             self._worked = (round, samples)
             self._say_ready(now)
+        return self._drain(now)
+
+    def work_progress(self, round: int, samples: int, now: float) -> list[Action]:
+        """The trainer has got so far with its work for a round; the leader adds that up."""
+        if round == self.head.round and self._working == round and samples != self._progress:
+            self._progress = samples
+            self._say_progress()
         return self._drain(now)
 
     def exchange_done(
@@ -433,6 +442,7 @@ class Machine:
             self._worked = None
             if self._working != round:
                 self._working = round
+                self._progress = 0
                 seat = self.head.peers.index(self.me.peer_id)
                 self._out.append(StartWork(round=round, seat=seat, seats=len(self.head.roster)))
 
@@ -626,7 +636,7 @@ class Machine:
                     self._waiting_since = None  # the next step is this peer's
                 self._proposal = message
                 self._data_arrived(now)
-            case Ready() | Promise() | Report() | Accepted():
+            case Ready() | Progress() | Promise() | Report() | Accepted():
                 leadership = self._leadership
                 if leadership is not None and message.ballot == self.ballot:
                     leadership.receive(sender, message, now)
@@ -684,7 +694,7 @@ class Machine:
         return (
             (plan.height, plan.round) == (self.head.height, self.head.round)
             and plan.previous == self.head.digest
-            and plan.numel == self.layout.numel
+            and plan.numel == self.layout.numel(plan.round)
             and plan.chunk_elements <= self.layout.largest_chunk
             and plan.chunk_elements % ALIGN_ELEMENTS == 0
             and shortest_s <= plan.exchange_s <= longest_s(self.config)
@@ -916,6 +926,11 @@ class Machine:
                 ),
             )
 
+    def _say_progress(self) -> None:
+        if self.is_member and self._working is not None and self._progress:
+            height, ballot = self.head.height, self.ballot
+            self.send(self.leader, Progress(height=height, ballot=ballot, samples=self._progress))
+
     def _report_on(
         self,
         plan: bytes,
@@ -966,6 +981,7 @@ class Machine:
             self._send_report(self._report, now)
         if not self._exchanging:
             self._say_ready(now)
+            self._say_progress()
 
     def _wake(self, now: float) -> None:
         """A process that was stopped for a while takes nobody for gone because of that."""

@@ -388,6 +388,18 @@ class Ready(AtBallot):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Progress(AtBallot):
+    """To the leader, in gradient mode: so far my work of this round has so many samples."""
+
+    samples: int
+
+    def __post_init__(self) -> None:
+        AtBallot.__post_init__(self)
+        if not 0 <= self.samples <= 2**48:
+            raise ValueError(f"{self.samples} samples are outside 0..2^48")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Prepare(AtBallot):
     """A new leader asks what may have been accepted before it."""
 
@@ -559,6 +571,7 @@ class Heads:
 Message = (
     Lead
     | Ready
+    | Progress
     | Prepare
     | Promise
     | Plan

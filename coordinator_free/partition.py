@@ -37,6 +37,19 @@ def chunk_elements(numel: int, reducers: int, largest: int, least: int) -> int:
     return min(largest, pieces * ALIGN_ELEMENTS)
 
 
+def fragment_bounds(numel: int, fragments: int) -> tuple[tuple[int, int], ...]:
+    """(start, stop) of each fragment of a vector, in elements: equal ones, to whole aligned pieces.
+
+    Args:
+        numel: length of the vector, at least 1.
+        fragments: how many are asked for; a short vector has fewer, so that none is empty.
+    """
+    pieces = -(-numel // ALIGN_ELEMENTS)
+    count = min(fragments, pieces)
+    cuts = [min(numel, ALIGN_ELEMENTS * (pieces * n // count)) for n in range(count + 1)]
+    return tuple(zip(cuts, cuts[1:], strict=False))
+
+
 def chunk_span(index: int, elements: int, numel: int) -> tuple[int, int]:
     """(start, stop) of a chunk, in elements of the whole vector."""
     return index * elements, min((index + 1) * elements, numel)

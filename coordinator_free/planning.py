@@ -71,6 +71,7 @@ class Draft:
 def draft(
     seats: Sequence[Seat],
     layout: Layout,
+    round: int,
     config: RoundConfig,
     pace_s: float | None,
     assistants: Mapping[str, Rate] = MappingProxyType({}),
@@ -79,7 +80,8 @@ def draft(
 
     Args:
         seats: in roster order; at least one reduces and one has samples.
-        layout: of the vector.
+        layout: of the vectors.
+        round: which of them is averaged.
         config: of the run.
         pace_s: what the last exchange took; None if there was none.
         assistants: links of others that offer to reduce. They are asked only where links are known,
@@ -96,7 +98,8 @@ def draft(
         )
         for seat in seats
     ]
-    encoded = layout.numel * CHUNK_BYTES / layout.largest_chunk
+    numel = layout.numel(round)
+    encoded = numel * CHUNK_BYTES / layout.largest_chunk
     division = _in_full(parties)
     # With fewer known, those that are taken for usual would be blamed for what they never claimed.
     known = 2 * sum(seat.rate.up_bps > 0 and seat.rate.down_bps > 0 for seat in seats) > len(seats)
@@ -122,8 +125,8 @@ def draft(
     reducers = sum(party.reduces for party in parties)
     most = max(CHUNKS_EACH, int(encoded / (reducers * SMALLEST_CHUNK)))
     each = min(most, CHUNKS_EACH_SLOW) if known else CHUNKS_EACH
-    elements = chunk_elements(layout.numel, reducers, layout.largest_chunk, each)
-    everything = Run(start=0, stop=-(-layout.numel // elements))
+    elements = chunk_elements(numel, reducers, layout.largest_chunk, each)
+    everything = Run(start=0, stop=-(-numel // elements))
     slices = cut(parties, division.shares, [everything], division.fractions)
     reducing = {piece.reducer for piece in slices}
     return Draft(

@@ -4,10 +4,12 @@ The network side (`run`) lives in an asyncio loop. The training side is blocking
 other thread:
 
     while (work := session.next_assignment()) is not None:
-        ... train from work.theta_N until done, or until work.closing is set ...
-        result = session.submit(local_N, samples)
+        ... train from work.state until done, or until work.closing is set ...
+        session.hand_in(update_E, samples)
+        ... go on training, if that is the recipe (`local`) ...
+        result = session.result()
 
-Guarantees that `theta_N` is bit-identical on all peers that begin the same round, and that the
+Guarantees that `work.state` is bit-identical on all peers that begin the same round, and that the
 state held here is always one that a certificate names. What others send is checked before it is
 used. What a member can still do to the others is in docs/threat_model.md.
 """
@@ -28,13 +30,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 from coordinator_free import actions, certificates, codecs, failpoints, wire
 from coordinator_free.actions import Action
 from coordinator_free.announcer import Announcer
-from coordinator_free.average import Average, absent
+from coordinator_free.average import Average, absent, spans_of
 from coordinator_free.butterfly import Butterfly, ExchangeFailed
 from coordinator_free.catchup import FIND_S, CatchUp
 from coordinator_free.certificates import Head
@@ -64,9 +65,10 @@ from coordinator_free.messages import (
     Plan,
 )
 from coordinator_free.outbox import Outbox
-from coordinator_free.outer import OuterConfig, OuterOptimizer
+from coordinator_free.optimizer import StateOptimizer
 from coordinator_free.partition import largest_chunk
-from coordinator_free.replica import Replica, State, state_root
+from coordinator_free.replica import Replica
+from coordinator_free.state import Shape, State
 from coordinator_free.tls import ServerCertificate
 from coordinator_free.transfer import Transfer
 from coordinator_free.transport import Carrier, Client, ExchangeStream, Server
@@ -103,7 +105,8 @@ class SessionConfig:
         layout: digest of names and shapes of the parameters, hex.
         numel: length of the flat vector.
         round: how rounds are run.
-        outer: the outer optimizer's constants.
+        optimizer: turns averages into states.
+        feedback: what the codec cuts off of averages is added to the next ones.
         host: address to listen on.
         port: 0 takes a free one.
         announce_hosts: what others dial, best first.
@@ -122,7 +125,8 @@ class SessionConfig:
     layout: str
     numel: int
     round: RoundConfig
-    outer: OuterConfig
+    optimizer: StateOptimizer
+    feedback: bool = False
     host: str = "127.0.0.1"
     port: int = 0
     announce_hosts: tuple[str, ...] = ("127.0.0.1",)
@@ -179,12 +183,14 @@ class Session:
         )
         self._links = Links(self._traffic)
         self._executor = ThreadPoolExecutor(config.workers, "shoal-compute")
+        self._shape = Shape.of(
+            config.layout, config.numel, config.round.fragments, config.optimizer
+        )
         self._transfer = Transfer(
             client=self._client,
             run_id=config.run_id,
             creator=config.creator,
-            layout=config.layout,
-            numel=config.numel,
+            shape=self._shape,
             round=config.round,
             check=verify,
         )
@@ -195,9 +201,8 @@ class Session:
             run_id=config.run_id,
             peer_id=identity.peer_id,
             round=config.round,
-            layout=config.layout,
-            outer=OuterOptimizer(config.outer),
-            numel=config.numel,
+            shape=self._shape,
+            optimizer=config.optimizer,
             folder=config.checkpoints,
         )
         self._come_back = ComeBack(
@@ -208,7 +213,7 @@ class Session:
             signer=identity,
         )
         self._layout = Layout(
-            numel=config.numel,
+            lengths=tuple(lengths[0] for lengths in self._shape.lengths),
             largest_chunk=largest_chunk(codec(config.round.codec).encoded_bytes),
         )
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -222,6 +227,7 @@ class Session:
         self._exchange_task: asyncio.Task[None] | None = None
         self._fetch_task: asyncio.Task[None] | None = None
         self._failed_fetches = 0
+        self._done_so_far = (0, 0)  # round and samples, as training says
         self._ending: str | None = None
         self._stop_asked = False
         self._last_round: int | None = None  # to stop after, if that was asked
@@ -237,24 +243,38 @@ class Session:
         """Wait for the next round's work; None when the session is over."""
         return self._handoff.next()
 
-    def submit(self, local_N: Tensor, samples: int) -> RoundResult:
-        """Hand in trained parameters and wait until the round is committed.
+    def hand_in(self, update_E: Tensor, samples: int) -> None:
+        """Offer this peer's contribution to the round of the last assignment; never waits.
 
         Args:
-            local_N: (N,) float32, CPU: the parameters after training from the assignment's. Given
-                away: the caller must not use it again.
+            update_E: (E,) float32, CPU: pseudo-gradient or gradient of that round's fragment. Not
+                to be changed before `result` has returned.
             samples: sequences trained on; the weight of this peer in the average.
 
-        Returns:
-            How the round ended, with or without this peer's work.
+        Raises:
+            SessionClosed: the session is over.
+        """
+        self._handoff.hand_in(
+            update_E, samples, lambda round, count: self._call(self._work_done, round, count)
+        )
+
+    def result(self) -> RoundResult:
+        """Wait until the round of the last assignment is committed, with or without this peer.
 
         Raises:
             SessionClosed: the session ended first.
             RoundError: the work is void, as the swarm went on from another state.
         """
-        return self._handoff.submit(
-            local_N, samples, lambda round, count: self._call(self._work_done, round, count)
-        )
+        return self._handoff.result()
+
+    def progress(self, samples: int) -> None:
+        """Say how many samples the work on the last assignment has so far; costs little."""
+        self._done_so_far = (self._handoff.round, samples)
+
+    @property
+    def hurried(self) -> bool:
+        """Whether the others wait for work that was not handed in yet."""
+        return self._handoff.hurried
 
     def stop(self) -> None:
         """Leave politely; `run` returns soon. From any thread, at any time."""
@@ -282,15 +302,15 @@ class Session:
         )
 
     @property
-    def final_N(self) -> Tensor:
-        """(N,) float32 parameters of the newest state held.
+    def state(self) -> State:
+        """The newest state held.
 
         Raises:
             SessionClosed: none was ever held.
         """
         if self._replica is None:
             raise SessionClosed("the session ended before it had a state")
-        return self._replica.state.theta_N
+        return self._replica.state
 
     @property
     def newest(self) -> tuple[Certificate, Average | None]:
@@ -382,7 +402,7 @@ class Session:
 
     def _prepare(self) -> None:
         codecs.prepare(self.config.round.codec)
-        OuterOptimizer(self.config.outer).prepare()
+        self.config.optimizer.prepare()
 
     async def _get_state(self, me: Member, initial_N: Tensor | None, rejoin_s: float) -> bool:
         """Begin with a state and the certificate that names it; False if stopped before."""
@@ -403,12 +423,11 @@ class Session:
             state, chain = found
         else:
             assert initial_N is not None
-            momentum_N = torch.zeros_like(initial_N)
-            root = await asyncio.to_thread(state_root, self.config.layout, initial_N, momentum_N)
-            state = State(initial_N, momentum_N, root)
-            chain = Chain.begin(certificates.found(self.config.run_id, me, self._identity, root))
+            state = await asyncio.to_thread(State.begin, self._shape, initial_N)
+            founding = certificates.found(self.config.run_id, me, self._identity, state.root)
+            chain = Chain.begin(founding)
         self._traffic_before = self._traffic()
-        self._replica = Replica(self.config.layout, OuterOptimizer(self.config.outer), state, chain)
+        self._replica = Replica(self.config.optimizer, state, chain)
         self._donor = Donor(self._replica, self.config.serve_bps, self._now)
         self._note()
         self._start_machine(me, chain.newest)
@@ -441,6 +460,7 @@ class Session:
                 raise self._broken
             now, protocol = self._now(), self._protocol
             self._do(protocol.tick(now))
+            self._do(protocol.work_progress(*self._done_so_far, now))
             self._serving.tidy()
             if self._stop_asked:
                 self._leave()
@@ -491,7 +511,8 @@ class Session:
                             round=action.round,
                             seat=action.seat,
                             seats=action.seats,
-                            theta_N=self._held.state.theta_N,
+                            samples=self._protocol.head.samples,
+                            state=self._held.state,
                             closing=threading.Event(),
                         )
                     )
@@ -523,7 +544,7 @@ class Session:
         if self._exchange_task is not None:
             self._exchange_task.cancel()
         mine = any(c.peer_id == self._identity.peer_id for c in plan.contributions)
-        values_N = self._handoff.pseudo_gradient(plan.round) if mine else None
+        values_N = self._handoff.update(plan.round) if mine else None
         butterfly = Butterfly(
             plan,
             digest,
@@ -592,7 +613,7 @@ class Session:
             if average is not None or member is None:
                 continue
             try:
-                average = await self._transfer.average(member.contact, outcome.vector_root)
+                average = await self._transfer.average(member.contact, outcome)
             except PeerError as error:
                 logger.info("session.fetch_failed %s", error)
         if average is not None:
@@ -634,7 +655,7 @@ class Session:
         self._handoff.resolve(
             RoundResult(
                 round=outcome.round - 1,
-                included=self._identity.peer_id in peers,
+                spans=self._spans(outcome),
                 members=len(peers),
                 digest=outcome.state_root.hex(),
                 samples=peers.get(self._identity.peer_id, 0),
@@ -648,6 +669,17 @@ class Session:
         self._round_began = now
         self._traffic_before = (sent, received)
 
+    def _spans(self, outcome: Outcome) -> tuple[tuple[int, int], ...]:
+        """Where this peer's contribution is in the average, in elements of its fragment."""
+        average, me = self._held.average(outcome.vector_root), self._identity.peer_id
+        if average is None or all(c.peer_id != me for c in outcome.contributions):
+            return ()
+        try:
+            return spans_of(me, average, outcome.contributions)
+        except ValueError as error:  # a leader that lies about who is in the average
+            logger.warning("session.contributors_differ round=%d %s", outcome.round, error)
+            return ()
+
     # -- on disk ------------------------------------------------------------------------------
 
     def _open_checkpoints(self) -> tuple[State, Chain] | None:
@@ -658,8 +690,7 @@ class Session:
         store = CheckpointStore(
             config.checkpoints,
             run_id=config.run_id,
-            layout=config.layout,
-            numel=config.numel,
+            shape=self._shape,
             keep=config.keep_checkpoints,
         )
         chains: list[Chain] = []

@@ -33,8 +33,9 @@ from coordinator_free.messages import (
     Heads,
     Hello,
     Kind,
+    Outcome,
 )
-from coordinator_free.replica import State
+from coordinator_free.state import Shape, State
 from coordinator_free.transport import Client
 from dht.errors import (
     ConfigError,
@@ -67,8 +68,7 @@ class Transfer:
         client: carries the requests.
         run_id: of the run.
         creator: who may sign the run's first certificate.
-        layout: of the model's parameters.
-        numel: their number; bounds every download.
+        shape: of the run's states, bounds every download; None for who downloads none.
         round: how rounds are run.
         check: verifies one signature.
 
@@ -82,8 +82,7 @@ class Transfer:
         client: Client,
         run_id: str,
         creator: str,
-        layout: str,
-        numel: int,
+        shape: Shape | None,
         round: RoundConfig,
         check: Verify,
     ) -> None:
@@ -91,11 +90,11 @@ class Transfer:
         self._client = client
         self._run_id = run_id
         self._creator = creator
-        self._layout = layout
-        self._numel = numel
+        self._shape = shape
         self._check = check
         # Who takes part sends and gets a vector in `exchange_s`: nobody needs longer for one.
-        average_bytes = codec(round.codec).encoded_bytes(numel)
+        largest = max(lengths[0] for lengths in shape.lengths) if shape is not None else 0
+        average_bytes = codec(round.codec).encoded_bytes(largest)
         self._average_bps = max(SLOWEST_BPS, average_bytes / round.exchange_s)
         self._average_s = IDLE_S + round.exchange_s
 
@@ -202,16 +201,19 @@ class Transfer:
         Raises:
             StateError: nobody is left who has it.
         """
-        download = Download(root, self._layout, self._numel)
+        assert self._shape is not None
+        download = Download(root, self._shape)
         return await _Running(self._client, root, download, donors, self.liars).run()
 
-    async def average(self, contact: Contact, root: bytes) -> Average:
-        """The encoded average with this root, from one holder.
+    async def average(self, contact: Contact, outcome: Outcome) -> Average:
+        """The encoded average of an outcome, from one holder.
 
         Raises:
             PeerError: it does not have it, breaks off, dawdles, or sends another.
         """
-        reader = AverageReader(self._numel)
+        assert self._shape is not None
+        root = outcome.vector_root
+        reader = AverageReader(self._shape.averaged(outcome.round - 1))
         request = FetchOutcome(vector_root=root)
         await self._download(contact, request, reader.add, self._average_bps, self._average_s)
         return await self._checked(contact, lambda: reader.finish(root))

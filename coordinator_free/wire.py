@@ -42,6 +42,7 @@ _LENGTH = struct.Struct(">I")
 _ENVELOPE = {
     "lead": messages.Lead,
     "ready": messages.Ready,
+    "progress": messages.Progress,
     "prepare": messages.Prepare,
     "promise": messages.Promise,
     "plan": messages.Plan,

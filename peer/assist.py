@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from coordinator_free.assistant import Assistant, AssistantConfig
-from coordinator_free.outer import OuterConfig
+from coordinator_free.outer import OuterConfig, OuterOptimizer
 from coordinator_free.session import SessionConfig
 from coordinator_free.transport import probe_bind
 from dht.identity import Identity
@@ -128,7 +128,7 @@ class Helper:
                     layout="",
                     numel=0,
                     round=load(run.run_file.decode(), _SOURCE).round,
-                    outer=OuterConfig(),
+                    optimizer=OuterOptimizer(OuterConfig()),
                     host=config.network.host,
                     port=config.grpc_port,
                     announce_hosts=announced_hosts(

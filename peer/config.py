@@ -19,12 +19,14 @@ from typing import Any, Literal, TypeVar, get_type_hints
 
 from coordinator_free.codecs import codec
 from coordinator_free.config import RoundConfig
-from coordinator_free.outer import OuterConfig
+from coordinator_free.local import LocalConfig, check
+from coordinator_free.optimizer import StateOptimizer
+from coordinator_free.outer import OuterConfig, OuterOptimizer
 from dht.errors import ConfigError
 from model.builders import ModelConfig
 from model.data import DataConfig
 from model.optimizers import OptimizerConfig
-from model.trainer import TrainerConfig
+from model.trainer import Trainer, TrainerConfig
 from peer import runfile
 
 # Set elsewhere than in the run file: by [model], [data], [optimizer], the top level and --device.
@@ -57,7 +59,13 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "optimizer.weight_decay": (0, 100),
     "training.batch_size": (1, 2**20),
     "training.eval_blocks": (1, 2**20),
+    "round.fragments": (1, 4096),
+    "round.target_batch": (0, 2**40),
+    "round.weight_cap": (0, 1e9),
     "round.local_steps": (1, 100_000),
+    "round.work_s": (0, 86_400),
+    "round.delay_steps": (0, 100_000),
+    "round.mixing": (0, 1),
     "round.start_peers": (1, 10_000),
     "round.rounds": (0, 1e9),
     "round.quorum": (0.01, 1),
@@ -77,14 +85,14 @@ class RunConfig:
 
     Attributes:
         name: shown to people, at most 64 characters.
-        local_steps: inner steps of each peer between two averagings.
+        local: what each peer does between two averagings.
         trainer: the model, its data and how each peer trains it; holds the run's seed.
         round: how the peers average.
         outer: how the average is applied.
     """
 
     name: str = "stdlib-gpt"
-    local_steps: int = 30
+    local: LocalConfig = field(default_factory=LocalConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     round: RoundConfig = field(default_factory=RoundConfig)
     outer: OuterConfig = field(default_factory=OuterConfig)
@@ -113,13 +121,18 @@ def load(text: str, source: str) -> RunConfig:
     name = general.get("name", default.name)
     if not 1 <= len(name) <= 64 or not name.isprintable():
         raise ConfigError(f"{source}: name = {_shown(name)}: use 1 to 64 printable characters")
-    rounds = _values({"local_steps": int, **_fields(RoundConfig)}, tables["round"], "round", source)
-    local_steps = rounds.pop("local_steps", default.local_steps)
-    round_ = _make(RoundConfig, rounds, "round", source)
+    locals_, common = _fields(LocalConfig), _fields(RoundConfig)
+    rounds = _values({**locals_, **common}, tables["round"], "round", source)
+    local = _make(LocalConfig, {n: v for n, v in rounds.items() if n in locals_}, "round", source)
+    round_ = _make(RoundConfig, {n: v for n, v in rounds.items() if n in common}, "round", source)
     try:
         codec(round_.codec)
     except ConfigError as error:
         raise ConfigError(f"{source}: [round] codec = {_shown(round_.codec)}: {error}") from error
+    try:
+        check(round_, local)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: [round] {error}") from error
     training = _fields(TrainerConfig, without=_NOT_IN_TRAINING)
     trainer = _values(training, tables["training"], "training", source)
     trainer |= {
@@ -131,7 +144,7 @@ def load(text: str, source: str) -> RunConfig:
         trainer["seed"] = general["seed"]
     return RunConfig(
         name=name,
-        local_steps=local_steps,
+        local=local,
         trainer=_make(TrainerConfig, trainer, "training", source),
         round=round_,
         outer=_build(OuterConfig, tables["outer"], "outer", source),
@@ -156,6 +169,11 @@ def localised(config: RunConfig, *, data: str, device: str) -> RunConfig:
     if device:
         trainer = dataclasses.replace(trainer, device=device)
     return dataclasses.replace(config, trainer=trainer)
+
+
+def optimizer(config: RunConfig, trainer: Trainer) -> StateOptimizer:
+    """The rule that all peers of a run apply to an average."""
+    return OuterOptimizer(config.outer)
 
 
 def _fields(kind: type[Any], without: frozenset[str] = frozenset()) -> dict[str, Any]:

@@ -351,7 +351,8 @@ class Demo:
             if child.trouble == "back" and self._chaos is not None:
                 child.trouble = ""
                 self._chaos.recovered(child.number)
-            child.losses[int(event["round"])] = event["val_loss"]
+            if event["val_loss"] is not None:
+                child.losses[int(event["round"])] = event["val_loss"]
             child.status = dataclasses.replace(
                 child.status, round=int(event["round"]) + 1, step=0, digest=str(event["digest"])
             )

@@ -183,9 +183,12 @@ def live(render: Callable[[], RenderableType], console: Console) -> Iterator[Non
 
 def round_line(event: RoundEvent, tokens_per_s: float) -> str:
     """One round of one peer as plain text."""
-    trained = "" if event.train_loss is None else f" (training {human_loss(event.train_loss)})"
+    losses = [] if event.val_loss is None else [f"loss {human_loss(event.val_loss)}"]
+    if event.train_loss is not None:
+        trained = f"training {human_loss(event.train_loss)}"
+        losses.append(f"({trained})" if losses else trained)
     return (
-        f"round {event.round}: loss {human_loss(event.val_loss)}{trained}, "
+        f"round {event.round}: {' '.join(losses)}{', ' if losses else ''}"
         f"{event.members} {'peer' if event.members == 1 else 'peers'}, "
         f"{human_rate(tokens_per_s)} tokens/s, up {human_bytes(event.bytes_sent)}, "
         f"down {human_bytes(event.bytes_received)}, {event.round_s:.1f} s, "

@@ -41,6 +41,7 @@ class RoundEvent:
         round: counted from 0.
         train_loss: mean over this peer's steps of the round; null when it took none.
         val_loss: of the model that the round STARTED from; round 0's is that of the initial model.
+            Null where that lies between two averagings of the whole model.
         members: peers whose work is in the outcome.
         digest: of the swarm's state after the round.
         samples: this peer's.
@@ -48,13 +49,14 @@ class RoundEvent:
         bytes_received: by this peer, in this round.
         allreduce_s: from the plan to the outcome.
         round_s: from the start of the work to the commit.
+        wait_s: of it, how long training stood still for the swarm.
     """
 
     event: ClassVar[str] = "round"
     peer: str
     round: int
     train_loss: float | None
-    val_loss: float
+    val_loss: float | None
     members: int
     digest: str
     samples: int
@@ -62,6 +64,7 @@ class RoundEvent:
     bytes_received: int
     allreduce_s: float
     round_s: float
+    wait_s: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,7 +5,7 @@
     start()  ---------------------------->  open the directory, publish or find the run
     found()  <--------------------------    the signed run
     begin(config, initial)  ------------->  Session(...).run(initial)
-    session.next_assignment(), submit()     rounds, for as long as the session runs
+    session.next_assignment(), hand_in()    rounds, for as long as the session runs
     stop()   ---------------------------->  leave politely
     join()   <--------------------------    everything closed
 
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 
     from coordinator_free.handoff import Assignment, RoundResult
     from coordinator_free.session import SessionConfig, SessionStatus
+    from coordinator_free.state import State
 
 logger = logging.getLogger(__name__)
 
@@ -101,8 +102,21 @@ class SwarmSession(Running, Protocol):
         """The next round's work, or None when finished or stopped."""
         ...
 
-    def submit(self, local_N: Tensor, samples: int, /) -> RoundResult:
-        """Hand in the work; return when its round is committed."""
+    def hand_in(self, update_E: Tensor, samples: int, /) -> None:
+        """Offer the work on the last assignment; never waits."""
+        ...
+
+    def result(self) -> RoundResult:
+        """Wait until the round of the last assignment is committed."""
+        ...
+
+    def progress(self, samples: int, /) -> None:
+        """Say how far the work on the last assignment is."""
+        ...
+
+    @property
+    def hurried(self) -> bool:
+        """Whether the others wait for this peer's work."""
         ...
 
     def finish_after(self, round: int, /) -> None:
@@ -114,8 +128,8 @@ class SwarmSession(Running, Protocol):
         ...
 
     @property
-    def final_N(self) -> Tensor:
-        """The last committed parameters, (N,) float32."""
+    def state(self) -> State:
+        """The last committed state."""
         ...
 
 

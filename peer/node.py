@@ -28,19 +28,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from coordinator_free.handoff import RoundResult, SessionClosed
-from coordinator_free.memory import empty_vector
+from coordinator_free.handoff import SessionClosed
+from coordinator_free.local import LocalLoop, Turn, feeds_back
 from coordinator_free.session import Session, SessionConfig
 from coordinator_free.transport import probe_bind
-from dht.errors import ConfigError, RoundError, SwarmError
+from dht.errors import ConfigError, SwarmError
 from dht.identity import Identity
 from dht.kademlia import KademliaDirectory
 from dht.records import SignedRun
 from model.data import DataError
-from model.trainer import Trainer, TrainingDiverged
+from model.trainer import StepReport, Trainer, TrainingDiverged
 from peer import runfile
 from peer.addresses import announced_hosts
-from peer.config import RunConfig, load, localised, published
+from peer.config import RunConfig, load, localised, optimizer, published
 from peer.control import ControlServer
 from peer.events import DoneEvent, Event, JoinedEvent, LeftEvent, LinkEvent, RoundEvent
 from peer.homes import DaemonFile, Home
@@ -279,7 +279,8 @@ class Node:
             layout=trainer.layout,
             numel=trainer.numel,
             round=config.round,
-            outer=config.outer,
+            optimizer=optimizer(config, trainer),
+            feedback=feeds_back(config.local, config.round.codec),
             host=self._config.network.host,
             port=self._config.grpc_port,
             announce_hosts=announced_hosts(
@@ -354,86 +355,62 @@ class Node:
         return config, _trainer(config), run
 
     def _train(self, config: RunConfig, trainer: Trainer, session: SwarmSession) -> None:
-        joined = False
-        while (assignment := session.next_assignment()) is not None:
-            if not joined:
-                joined = True
+        loop = LocalLoop(session, trainer, config.round, config.local)
+        try:
+            work = loop.begin()
+            if work is not None:
                 if self._finish_after is not None:  # came before there was a session to tell
                     session.finish_after(self._finish_after)
                 self._output.event(
-                    JoinedEvent(
-                        peer=self._identity.peer_id, run=self._status.run, round=assignment.round
-                    )
+                    JoinedEvent(peer=self._identity.peer_id, run=self._status.run, round=work.round)
                 )
-            try:
-                self._round(config, trainer, session, assignment)
-            except SessionClosed:
-                break
-            except RoundError as error:  # the next assignment starts from what the swarm has
-                logger.warning("node.round_void %s", error)
-            except TrainingDiverged as error:
-                raise SwarmError(
-                    f"{error}: a lower learning rate ([optimizer] lr) may help"
-                ) from error
-            except DataError as error:  # too few blocks for so many peers
-                raise ConfigError(str(error)) from error
+                _Rounds(self, config, trainer, loop, work).run()
+        except SessionClosed:
+            pass
+        except TrainingDiverged as error:
+            raise SwarmError(f"{error}: a lower learning rate ([optimizer] lr) may help") from error
+        except DataError as error:  # too few blocks for so many peers
+            raise ConfigError(str(error)) from error
         # A run that was finished before has nothing left to do but to say so.
         if not self._stopped and (self._rounds_done or session.status().phase == "finished"):
             self._finish(trainer, session)
 
-    def _round(
-        self, config: RunConfig, trainer: Trainer, session: SwarmSession, assignment: Assignment
-    ) -> None:
-        """One round: evaluate what it starts from, train on the own shard, average."""
-        number, steps = assignment.round, config.local_steps
-        self._update(phase="evaluate", round=number, step=0, steps=steps)
-        trainer.write(assignment.theta_N)
-        val_loss = trainer.evaluate()
-        self._update(phase="train", val_loss=val_loss)
-        trainer.begin_round(number, assignment.seat, assignment.seats)
-        trainer.set_progress(number * steps)
-        began = time.monotonic()
-        losses: list[float] = []
-        samples = tokens = 0
-        for step in range(1, steps + 1):
-            if self._stopped:
-                return  # the farewell is on its way: nobody waits for this work
-            if assignment.closing.is_set() and losses:  # work of no samples is none
-                break
-            report = trainer.step()
-            losses.append(report.loss)
-            samples += report.samples
-            tokens += report.tokens
-            speed = tokens / (time.monotonic() - began)
-            self._update(step=step, train_loss=report.loss, tokens_per_s=speed)
-        self._update(phase="")  # from here the session knows best
-        result = session.submit(trainer.read(empty_vector(trainer.numel)), samples)
-        self._update(digest=result.digest, round=result.round + 1, step=0)
-        if result.round != number:
-            # The swarm went on while this peer was away; it has nothing to say about those rounds.
-            logger.warning("node.rounds_missed from=%d to=%d", number, result.round)
-            return
-        self._rounds_done += 1
-        self._output.event(self._round_event(result, losses, val_loss))
+    # -- what the rounds tell (`_Rounds`)
 
-    def _round_event(self, result: RoundResult, losses: list[float], val_loss: float) -> RoundEvent:
-        return RoundEvent(
-            peer=self._identity.peer_id,
-            round=result.round,
-            train_loss=sum(losses) / len(losses) if losses else None,
-            val_loss=val_loss,
-            members=result.members,
-            digest=result.digest,
-            samples=result.samples,
-            bytes_sent=result.bytes_sent,
-            bytes_received=result.bytes_received,
-            allreduce_s=round(result.allreduce_s, 4),
-            round_s=round(result.round_s, 4),
+    @property
+    def stopped(self) -> bool:
+        """Whether this peer is about to leave."""
+        return self._stopped
+
+    def update(self, **changes: object) -> None:
+        """Change the status."""
+        self._update(**changes)
+
+    def round_done(self, turn: Turn, losses: list[float], val_loss: float | None) -> None:
+        """A round of this peer's ended."""
+        result = turn.result
+        assert result is not None
+        self._rounds_done += 1
+        self._output.event(
+            RoundEvent(
+                peer=self._identity.peer_id,
+                round=result.round,
+                train_loss=sum(losses) / len(losses) if losses else None,
+                val_loss=val_loss,
+                members=result.members,
+                digest=result.digest,
+                samples=result.samples,
+                bytes_sent=result.bytes_sent,
+                bytes_received=result.bytes_received,
+                allreduce_s=round(result.allreduce_s, 4),
+                round_s=round(result.round_s, 4),
+                wait_s=round(turn.wait_s, 4),
+            )
         )
 
     def _finish(self, trainer: Trainer, session: SwarmSession) -> None:
         self._update(phase="evaluate")
-        trainer.write(session.final_N)
+        trainer.write(session.state.theta_N)
         val_loss = trainer.evaluate()  # while the network sees to those who are not done yet
         self._update(phase="done", val_loss=val_loss)
         ended = self._wait(self._network.join, FINISH_S)
@@ -497,6 +474,102 @@ class Node:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+class _Rounds:
+    """One peer's rounds, one after the other: train, hand in, go on from what the swarm decided.
+
+    With a delay, training goes on while a round's exchange runs, so the round that is trained for
+    is one ahead of the round that is waited for.
+    """
+
+    def __init__(
+        self, node: Node, config: RunConfig, trainer: Trainer, loop: LocalLoop, work: Assignment
+    ) -> None:
+        self._node = node
+        self._gradient = config.round.mode == "gradient"
+        self._fragments = config.round.fragments
+        self._trainer = trainer
+        self._loop = loop
+        self._work = work
+        self._swarm_samples = 0  # of the last round, by everybody
+        self._losses: dict[int, list[float]] = {}
+        self._val_losses: dict[int, float] = {}
+
+    def run(self) -> None:
+        """Until there is no more work.
+
+        Raises:
+            SessionClosed: the session ended, or this peer was told to stop.
+            TrainingDiverged: see `Trainer.step`.
+            DataError: see `Trainer.begin_round`.
+        """
+        self._evaluate()
+        self._begin_work()
+        while True:
+            report = self._trainer.accumulate() if self._gradient else self._trainer.step()
+            self._note(report)
+            if self._node.stopped:
+                return  # the farewell is on its way: nobody waits for this work
+            turn = self._loop.stepped(report.samples)
+            if turn is not None and not self._turn(turn):
+                return
+            if not self._loop.steps:
+                self._begin_work()
+
+    def _begin_work(self) -> None:
+        """Deal the blocks of the round that is worked for from now on."""
+        work, round_ = self._work, self._loop.round
+        ahead = round_ - work.round
+        steps = 0 if self._gradient else self._loop.due_steps
+        self._trainer.begin_round(round_, work.seat, work.seats)
+        self._trainer.set_progress(work.samples + ahead * self._swarm_samples, work.seats)
+        self._losses[round_] = []
+        self._began, self._tokens = time.monotonic(), 0
+        self._node.update(phase="train", round=round_, step=0, steps=steps)
+
+    def _note(self, report: StepReport) -> None:
+        losses = self._losses[self._loop.round]
+        losses.append(report.loss)
+        self._tokens += report.tokens
+        speed = self._tokens / (time.monotonic() - self._began)
+        done = self._loop.steps + 1 >= self._loop.due_steps and not self._gradient
+        self._node.update(
+            # From the last step on the session knows best.
+            phase="" if done else "train",
+            step=len(losses),
+            train_loss=report.loss,
+            tokens_per_s=speed,
+        )
+
+    def _turn(self, turn: Turn) -> bool:
+        """A round ended; whether there is another one."""
+        before, result = self._work, turn.result
+        if turn.restarted:
+            logger.warning("node.round_void round=%d: the swarm went on elsewhere", before.round)
+            self._trainer.reset()
+        if result is not None:
+            self._swarm_samples = result.total_samples
+            self._node.update(digest=result.digest)
+            if result.round == before.round:
+                losses = self._losses.pop(result.round, [])
+                self._node.round_done(turn, losses, self._val_losses.pop(result.round, None))
+            else:
+                # The swarm went on while this peer was away; nothing to say about those rounds.
+                logger.warning("node.rounds_missed from=%d to=%d", before.round, result.round)
+        if turn.work is None:
+            return False
+        self._work = turn.work
+        self._evaluate()
+        return True
+
+    def _evaluate(self) -> None:
+        """Once for every averaging of the whole model: what the swarm has, not what is trained."""
+        if self._work.round % self._fragments == 0:
+            self._node.update(phase="evaluate")
+            val_loss = self._trainer.evaluate(self._work.theta_N)
+            self._val_losses = {self._work.round: val_loss}
+            self._node.update(phase="train", val_loss=val_loss)
 
 
 def _session(config: SessionConfig, identity: Identity, directory: object) -> SwarmSession:

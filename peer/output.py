@@ -104,7 +104,8 @@ class LiveOutput:
         """See `Output`."""
         match event:
             case RoundEvent():
-                self._losses.append(event.val_loss)
+                if event.val_loss is not None:
+                    self._losses.append(event.val_loss)
             case LinkEvent():
                 self._line(invitation(event))
             case DoneEvent():

@@ -196,6 +196,16 @@ class Ready(_message.Message):
     views: _containers.RepeatedCompositeFieldContainer[View]
     def __init__(self, height: _Optional[int] = ..., ballot: _Optional[int] = ..., head: _Optional[bytes] = ..., samples: _Optional[int] = ..., up_bps: _Optional[int] = ..., down_bps: _Optional[int] = ..., views: _Optional[_Iterable[_Union[View, _Mapping]]] = ...) -> None: ...
 
+class Progress(_message.Message):
+    __slots__ = ("height", "ballot", "samples")
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    BALLOT_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    height: int
+    ballot: int
+    samples: int
+    def __init__(self, height: _Optional[int] = ..., ballot: _Optional[int] = ..., samples: _Optional[int] = ...) -> None: ...
+
 class Prepare(_message.Message):
     __slots__ = ("height", "ballot")
     HEIGHT_FIELD_NUMBER: _ClassVar[int]
@@ -321,7 +331,7 @@ class Heads(_message.Message):
     def __init__(self, certificates: _Optional[_Iterable[_Union[Certificate, _Mapping]]] = ...) -> None: ...
 
 class Envelope(_message.Message):
-    __slots__ = ("lead", "ready", "prepare", "promise", "plan", "report", "propose", "accepted", "refused", "commit", "join", "leave", "hello", "heads", "assist")
+    __slots__ = ("lead", "ready", "prepare", "promise", "plan", "report", "propose", "accepted", "refused", "commit", "join", "leave", "hello", "heads", "assist", "progress")
     LEAD_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     PREPARE_FIELD_NUMBER: _ClassVar[int]
@@ -337,6 +347,7 @@ class Envelope(_message.Message):
     HELLO_FIELD_NUMBER: _ClassVar[int]
     HEADS_FIELD_NUMBER: _ClassVar[int]
     ASSIST_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
     lead: Lead
     ready: Ready
     prepare: Prepare
@@ -352,7 +363,8 @@ class Envelope(_message.Message):
     hello: Hello
     heads: Heads
     assist: Assist
-    def __init__(self, lead: _Optional[_Union[Lead, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., prepare: _Optional[_Union[Prepare, _Mapping]] = ..., promise: _Optional[_Union[Promise, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., report: _Optional[_Union[Report, _Mapping]] = ..., propose: _Optional[_Union[Propose, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., join: _Optional[_Union[Join, _Mapping]] = ..., leave: _Optional[_Union[Leave, _Mapping]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., heads: _Optional[_Union[Heads, _Mapping]] = ..., assist: _Optional[_Union[Assist, _Mapping]] = ...) -> None: ...
+    progress: Progress
+    def __init__(self, lead: _Optional[_Union[Lead, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., prepare: _Optional[_Union[Prepare, _Mapping]] = ..., promise: _Optional[_Union[Promise, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., report: _Optional[_Union[Report, _Mapping]] = ..., propose: _Optional[_Union[Propose, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., join: _Optional[_Union[Join, _Mapping]] = ..., leave: _Optional[_Union[Leave, _Mapping]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., heads: _Optional[_Union[Heads, _Mapping]] = ..., assist: _Optional[_Union[Assist, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ...) -> None: ...
 
 class FetchState(_message.Message):
     __slots__ = ("state_root", "leaves")
