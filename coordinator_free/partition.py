@@ -5,6 +5,7 @@ Who reduces how much is decided in `planning`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 
 from coordinator_free.messages import Run, Slice
@@ -47,7 +48,7 @@ def fragment_bounds(numel: int, fragments: int) -> tuple[tuple[int, int], ...]:
     pieces = -(-numel // ALIGN_ELEMENTS)
     count = min(fragments, pieces)
     cuts = [min(numel, ALIGN_ELEMENTS * (pieces * n // count)) for n in range(count + 1)]
-    return tuple(zip(cuts, cuts[1:], strict=False))
+    return tuple(itertools.pairwise(cuts))
 
 
 def chunk_span(index: int, elements: int, numel: int) -> tuple[int, int]:

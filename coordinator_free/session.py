@@ -64,8 +64,8 @@ from coordinator_free.messages import (
     Outcome,
     Plan,
 )
-from coordinator_free.outbox import Outbox
 from coordinator_free.optimizer import StateOptimizer
+from coordinator_free.outbox import Outbox
 from coordinator_free.partition import largest_chunk
 from coordinator_free.replica import Replica
 from coordinator_free.state import Shape, State

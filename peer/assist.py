@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from coordinator_free.assistant import Assistant, AssistantConfig
+from coordinator_free.network import Network, NetworkConfig
 from coordinator_free.outer import OuterConfig, OuterOptimizer
 from coordinator_free.session import SessionConfig
 from coordinator_free.transport import probe_bind
@@ -27,7 +28,6 @@ from peer.config import load
 from peer.control import ControlServer
 from peer.events import AssistedEvent, LeftEvent
 from peer.homes import DaemonFile, Home
-from peer.network import Network, NetworkConfig
 from peer.output import Output
 from peer.signals import heeded
 from peer.status import Status
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dht.directory import Directory
+    from dht.link import Link
     from dht.records import SignedRun
-    from peer.link import Link
 
 LEAVE_S = 8.0  # an exchange that is under way is finished first
 _SOURCE = "the run's file, as published,"
@@ -203,7 +203,7 @@ class Helper:
 
 
 class _Taking:
-    """An assistant as `peer.network.Running`."""
+    """An assistant as `network.Running`."""
 
     def __init__(self, assistant: Assistant) -> None:
         self._assistant = assistant

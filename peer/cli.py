@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from dht.errors import ConfigError, SwarmError
+from dht.link import Link, host_component, peer_address
 from peer import runfile
-from peer.link import Link, host_component, peer_address, wait_for_link_file
+from peer.link_file import wait_for_link_file
 
 if TYPE_CHECKING:
     from peer.homes import Home
@@ -406,9 +407,9 @@ def assist(link: str, **options: Any) -> int:
     parsed = Link.parse(link)
     _check_way(options)
     with _claim(options["home"], None, parsed.run_id) as home:
+        from coordinator_free.network import NetworkConfig
         from peer import output
         from peer.assist import AssistConfig, Helper
-        from peer.network import NetworkConfig
 
         helpers: list[Helper] = []
 
@@ -691,8 +692,8 @@ def _run_node(
     if options["threads"]:
         # Before torch is loaded, which otherwise starts a thread per core.
         os.environ.setdefault("OMP_NUM_THREADS", str(options["threads"]))
+    from coordinator_free.network import NetworkConfig
     from peer import output
-    from peer.network import NetworkConfig
     from peer.node import Node, NodeConfig
 
     home: Home = options["claimed"]

@@ -34,10 +34,10 @@ from typing import Any
 from rich.console import Console, Group
 
 from dht.errors import ConfigError, SwarmError
+from dht.link import MAX_PEERS, Link
 from peer import display, runfile
 from peer.chaos import Action, Chaos, Deed
 from peer.events import ChaosEvent, DiedEvent, LineWriter, MemoryUse, SummaryEvent
-from peer.link import MAX_PEERS, Link
 from peer.signals import heeded
 from peer.status import Status
 from peer.supervision import LOCK_NAME

@@ -20,10 +20,10 @@ import socket
 from pathlib import Path
 
 from dht.errors import ConfigError, RecordError
+from dht.link import check_multiaddr
 from dht.records import MAX_ADDRESSES, SignedRun
 from peer.files import sync_folder, write_whole
 from peer.homes import RUNS
-from peer.link import check_multiaddr
 
 logger = logging.getLogger(__name__)
 

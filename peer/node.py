@@ -30,11 +30,19 @@ import torch
 
 from coordinator_free.handoff import SessionClosed
 from coordinator_free.local import LocalLoop, Turn, feeds_back
+from coordinator_free.network import (
+    MakeSession,
+    Network,
+    NetworkConfig,
+    OpenDirectory,
+    SwarmSession,
+)
 from coordinator_free.session import Session, SessionConfig
 from coordinator_free.transport import probe_bind
 from dht.errors import ConfigError, SwarmError
 from dht.identity import Identity
 from dht.kademlia import KademliaDirectory
+from dht.link import Link
 from dht.records import SignedRun
 from model.data import DataError
 from model.trainer import StepReport, Trainer, TrainingDiverged
@@ -44,9 +52,8 @@ from peer.config import RunConfig, load, localised, optimizer, published
 from peer.control import ControlServer
 from peer.events import DoneEvent, Event, JoinedEvent, LeftEvent, LinkEvent, RoundEvent
 from peer.homes import DaemonFile, Home
-from peer.link import Link, remove_link_file, write_link_file
+from peer.link_file import remove_link_file, write_link_file
 from peer.memory import Memory
-from peer.network import MakeSession, Network, NetworkConfig, OpenDirectory, SwarmSession
 from peer.output import Output
 from peer.signals import heeded
 from peer.status import Status

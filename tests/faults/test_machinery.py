@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from peer.link import Link
+from dht.link import Link
 from tests.faults.harness import Peer, Swarm
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]

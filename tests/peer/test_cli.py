@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from dht.identity import Identity
+from dht.link import Link
 from dht.records import SignedRun
 from peer import cli
 from peer.homes import DaemonFile, Home
-from peer.link import Link, write_link_file
+from peer.link_file import write_link_file
 from peer.memory import Memory
 
 RUN = "0123456789abcdef0123456789abcdef01234567"

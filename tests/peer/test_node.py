@@ -15,16 +15,16 @@ from typing import Any
 
 import pytest
 
+from coordinator_free.network import NetworkConfig, shown_addresses
 from dht.errors import ConfigError, SwarmError, Unreachable
 from dht.identity import Identity
+from dht.link import Link
 from dht.records import SignedRun
 from model.trainer import TrainingDiverged
 from peer import output as outputs
 from peer.control import ask_status, ask_stop
 from peer.events import Event, LineWriter, RoundEvent, to_json
 from peer.homes import Home, read_daemon_file
-from peer.link import Link
-from peer.network import NetworkConfig, shown_addresses
 from peer.node import Node, NodeConfig
 
 
@@ -161,7 +161,7 @@ def test_a_strangers_broken_run_file_is_one_line(make: Callable[..., Node], swar
 def test_a_run_that_nobody_knows(
     make: Callable[..., Node], peer_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("peer.network._FIND_PAUSE_S", 0.0)
+    monkeypatch.setattr("coordinator_free.network._FIND_PAUSE_S", 0.0)
     link = Link("ab" * 20, (f"/ip4/127.0.0.1/tcp/4001/p2p/{peer_id}",))
     with pytest.raises(ConfigError, match=r"no run behind this link.*ask for a new link"):
         make(link=link).run()

@@ -19,6 +19,7 @@ from coordinator_free import tls
 from coordinator_free.config import RoundConfig
 from coordinator_free.contact import Contact
 from coordinator_free.handoff import RoundResult, SessionClosed
+from coordinator_free.network import NetworkConfig, link_to
 from coordinator_free.outer import OuterConfig
 from coordinator_free.session import Session, SessionConfig
 from coordinator_free.tls import ServerCertificate
@@ -26,9 +27,8 @@ from coordinator_free.transport import CARRIER_AFTER_S, Client, Server
 from dht.errors import RoundError, Unauthenticated, Unreachable
 from dht.identity import Identity
 from dht.kademlia import KademliaDirectory
+from dht.link import MAX_PEERS, Link
 from dht.records import PeerRecord
-from peer.link import MAX_PEERS, Link
-from peer.network import NetworkConfig, link_to
 
 RUN = "ab" * 20
 

@@ -1,4 +1,4 @@
-"""The network side of a daemon: one asyncio loop in one thread of its own.
+"""The network side of a program that trains: one asyncio loop in one thread of its own.
 
     training thread                         network thread
     ---------------                         --------------
@@ -45,9 +45,8 @@ from dht.errors import (
 )
 from dht.identity import Identity
 from dht.kademlia import KademliaConfig, KademliaDirectory
+from dht.link import MAX_PEERS, Link, check_multiaddr, host_component
 from dht.records import PeerRecord, SignedRun
-from peer.control import ControlServer
-from peer.link import MAX_PEERS, Link, check_multiaddr, host_component
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -133,6 +132,18 @@ class SwarmSession(Running, Protocol):
         ...
 
 
+class Service(Protocol):
+    """Something else that lives as long as the thread does, in its loop."""
+
+    async def start(self) -> None:
+        """Begin; what this raises ends the thread."""
+        ...
+
+    async def close(self) -> None:
+        """End."""
+        ...
+
+
 OpenDirectory = Callable[[KademliaConfig], AbstractAsyncContextManager[ReachableDirectory]]
 _S = TypeVar("_S", bound=Running)
 MakeSession = Callable[["SessionConfig", Identity, Directory], _S]
@@ -211,7 +222,7 @@ class Network(Generic[_S]):
         *,
         open_directory: OpenDirectory = KademliaDirectory.open,
         make_session: MakeSession[_S],
-        control: ControlServer | None = None,
+        control: Service | None = None,
         on_control: Callable[[], None] = lambda: None,
         on_run: Callable[[SignedRun, Link], None] = lambda run, link: None,
         on_port: Callable[[int], None] = lambda port: None,

@@ -1,26 +1,28 @@
 from __future__ import annotations
 
 import contextlib
-import threading
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from dht.errors import ConfigError
-from peer.link import (
+from dht.identity import Identity
+from dht.link import (
     MAX_PEERS,
     Link,
     check_multiaddr,
     host_component,
     is_peer_id,
     peer_address,
-    wait_for_link_file,
-    write_link_file,
 )
 
+from dht.errors import ConfigError
+
 RUN = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def peer_id() -> str:
+    return Identity.generate().peer_id
 
 
 @pytest.fixture
@@ -153,31 +155,3 @@ def test_announced_hosts_become_multiaddrs(host: str, component: str) -> None:
 def test_a_wrong_announced_host_is_refused(host: str) -> None:
     with pytest.raises(ConfigError, match="neither an IP address nor a host name"):
         host_component(host)
-
-
-def test_link_file_appears_whole(tmp_path: Path, maddr: str) -> None:
-    path, link = tmp_path / "link", Link(RUN, (maddr,))
-    writer = threading.Timer(0.05, write_link_file, (path, link))
-    writer.start()
-    found = wait_for_link_file(path, 10, should_stop=lambda: False, poll_s=0.001)
-    writer.join()
-    assert found == link
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_waiting_for_a_link_file_ends(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="did not appear"):
-        wait_for_link_file(tmp_path / "none", 0.01, should_stop=lambda: False, poll_s=0.001)
-    assert wait_for_link_file(tmp_path / "none", 60, should_stop=lambda: True) is None
-
-
-def test_a_link_file_with_something_else_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "link"
-    path.write_text("hello")
-    with pytest.raises(ConfigError, match=r"holds no link.*must start with shoal://"):
-        wait_for_link_file(path, 1, should_stop=lambda: False)
-
-
-def test_link_file_in_a_missing_folder(tmp_path: Path, maddr: str) -> None:
-    with pytest.raises(ConfigError, match="choose another --link-file"):
-        write_link_file(tmp_path / "no" / "such", Link(RUN, (maddr,)))
