@@ -23,7 +23,7 @@ from coordinator_free.outer import OuterConfig, OuterOptimizer
 from coordinator_free.session import SessionConfig
 from coordinator_free.transport import probe_bind
 from dht.identity import Identity
-from peer.addresses import announced_hosts
+from dht.addresses import announced_hosts
 from peer.config import load
 from peer.control import ControlServer
 from peer.events import AssistedEvent, LeftEvent

@@ -47,7 +47,7 @@ from dht.records import SignedRun
 from model.data import DataError
 from model.trainer import StepReport, Trainer, TrainingDiverged
 from peer import runfile
-from peer.addresses import announced_hosts
+from dht.addresses import announced_hosts
 from peer.config import RunConfig, load, localised, optimizer, published
 from peer.control import ControlServer
 from peer.events import DoneEvent, Event, JoinedEvent, LeftEvent, LinkEvent, RoundEvent

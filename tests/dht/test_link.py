@@ -5,6 +5,8 @@ import contextlib
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
+from dht.errors import ConfigError
 from dht.identity import Identity
 from dht.link import (
     MAX_PEERS,
@@ -14,8 +16,6 @@ from dht.link import (
     is_peer_id,
     peer_address,
 )
-
-from dht.errors import ConfigError
 
 RUN = "0123456789abcdef0123456789abcdef01234567"
 

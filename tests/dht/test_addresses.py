@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from peer.addresses import announced_hosts
+from dht.addresses import announced_hosts
 
 PEER = "/p2p/12D3KooWBtg3aaRMjxwedh83aGiUkwSxDwUZkzuJcfaqUmo7R3pq"
 

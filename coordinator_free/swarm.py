@@ -1,0 +1,479 @@
+"""Shoal as a library: a plain torch loop that trains together with others.
+
+    with SwarmOptimizer(model, optimizer, batch_size=8) as swarm:  # or link="shoal://..."
+        print(swarm.link)
+        for inputs, targets in batches:
+            loss_of(model, inputs, targets).backward()
+            if swarm.step().over:
+                break
+
+`step` takes the local optimizer's step, or in gradient mode counts the gradients that `backward`
+left; now and then it hands work in and takes up what the swarm decided. What the daemon does, this
+does by the same `Session` and `LocalLoop`, in the same way; only model, data and loop are the
+caller's. The network runs in a thread of its own.
+
+Guarantees: `state` is bit-identical in all peers that finished the same round; every peer of a run
+has the settings its creator chose, and names and shapes of the parameters that it has. What is not
+checked is that the others train on what they should: see docs/threat_model.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+import time
+import typing
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from blake3 import blake3
+from torch import Tensor, nn
+
+from coordinator_free.config import RoundConfig
+from coordinator_free.gradient import GradientConfig, GradientOptimizer, TensorSpec
+from coordinator_free.handoff import RoundResult, SessionClosed
+from coordinator_free.local import LocalConfig, LocalLoop, Turn, check, feeds_back
+from coordinator_free.memory import empty_vector
+from coordinator_free.network import Network, NetworkConfig
+from coordinator_free.outer import OuterConfig, OuterOptimizer
+from coordinator_free.session import Session, SessionConfig
+from coordinator_free.state import State
+from dht.addresses import announced_hosts
+from dht.errors import ConfigError
+from dht.identity import Identity
+from dht.link import Link
+from dht.records import SignedRun
+
+if TYPE_CHECKING:
+    from coordinator_free.optimizer import StateOptimizer
+    from dht.directory import Directory
+
+_MARK = "shoal library run"
+_CLOSE_S = 20.0  # for a polite leave
+_POLL_S = 0.2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """What all peers of a library run agree on; its creator chooses, joiners get it.
+
+    Attributes:
+        name: shown to people, at most 64 characters.
+        round: how rounds are run.
+        local: what a peer does between two averagings.
+        outer: applies averages of parameter changes ("diloco").
+        gradient: applies averages of gradients ("gradient"), in place of a local optimizer.
+    """
+
+    name: str = "library run"
+    round: RoundConfig = field(default_factory=RoundConfig)
+    local: LocalConfig = field(default_factory=LocalConfig)
+    outer: OuterConfig = field(default_factory=OuterConfig)
+    gradient: GradientConfig = field(default_factory=GradientConfig)
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.name) <= 64 or not self.name.isprintable():
+            raise ConfigError(f"name = {self.name!r}: use 1 to 64 printable characters")
+        check(self.round, self.local)
+
+    def dump(self, layout: str) -> bytes:
+        """As it is signed and published, for a model of this layout."""
+        return json.dumps({_MARK: 1, "layout": layout, **dataclasses.asdict(self)}).encode()
+
+    @classmethod
+    def load(cls, raw: bytes) -> tuple[Recipe, str]:
+        """What a creator published, checked, and the layout of its model.
+
+        Raises:
+            ConfigError: it is no library run, or has settings that are unknown or impossible.
+        """
+        try:
+            tables = json.loads(raw)
+        except ValueError:
+            tables = None
+        if not isinstance(tables, dict) or tables.pop(_MARK, None) != 1:
+            raise ConfigError(
+                "this run was made by 'shoal create', for the daemon: join it with 'shoal join'"
+            )
+        layout = tables.pop("layout", "")
+        kinds = typing.get_type_hints(cls)
+        unknown = tables.keys() - kinds.keys()
+        if unknown or not isinstance(layout, str):
+            raise ConfigError(f"this run has settings that are unknown here: {sorted(unknown)}")
+        values = {name: _read(kinds[name], name, value) for name, value in tables.items()}
+        return cls(**values), layout
+
+
+def _read(kind: Any, name: str, value: object) -> Any:
+    if not dataclasses.is_dataclass(kind):
+        if type(value) is not kind:
+            raise ConfigError(f"this run's {name} = {value!r} is no {kind.__name__}")
+        return value
+    hints = typing.get_type_hints(kind)
+    if not isinstance(value, dict) or value.keys() - hints.keys():
+        raise ConfigError(f"this run's settings of {name} are unknown here: install the same shoal")
+    values = {}
+    for key, item in value.items():
+        wanted = hints[key]
+        numeric = wanted is float and type(item) in (int, float)
+        choice = typing.get_origin(wanted) is typing.Literal and item in typing.get_args(wanted)
+        pair = typing.get_origin(wanted) is tuple and isinstance(item, list)
+        if not (numeric or choice or pair or type(item) is wanted):
+            raise ConfigError(f"this run's {name}.{key} = {item!r} is not what it should be")
+        values[key] = tuple(item) if isinstance(item, list) else item
+    try:
+        return kind(**values)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"this run's settings of {name}: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """What one `SwarmOptimizer.step` did.
+
+    Attributes:
+        round: of the swarm, that is worked for now.
+        ended: the round that ended with this step, if one did.
+        wait_s: how long this step stood still for the swarm.
+        restarted: the parameters were overwritten by the swarm's, as this peer had fallen behind.
+        over: the run is finished, or this peer was stopped: no further step counts.
+    """
+
+    round: int
+    ended: RoundResult | None = None
+    wait_s: float = 0.0
+    restarted: bool = False
+    over: bool = False
+
+
+class SwarmOptimizer:
+    """A local optimizer whose steps are averaged with those of others.
+
+    Args:
+        parameters: a module, or (name, parameter) pairs; float32, each once. Those that need no
+            gradient are shared all the same, so that all peers start equal.
+        optimizer: takes the local steps; None in gradient mode, where all peers take the same one.
+        batch_size: samples of one `step`, this peer's weight in the average.
+        recipe: of a run that is created; a joiner gets that of the run.
+        link: the run to join; None creates one.
+        home: folder for this peer's key and checkpoints, with which it comes back as the same peer
+            and the run goes on after all have stopped; None for none.
+        host: IP address to listen on.
+        port: of libp2p; 0: a free one.
+        announce_hosts: what others dial instead of the own addresses; needs `port`.
+        upload_bps: most bytes per second sent in all; 0: no limit.
+        download_bps: the same, received.
+        workers: threads that encode, add up and hash.
+
+    Raises:
+        ConfigError: one line: something given here cannot be.
+    """
+
+    def __init__(
+        self,
+        parameters: nn.Module | Iterable[tuple[str, Tensor]],
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        batch_size: int,
+        recipe: Recipe | None = None,
+        link: str | None = None,
+        home: str | os.PathLike[str] | None = None,
+        host: str = "0.0.0.0",
+        port: int = 0,
+        announce_hosts: tuple[str, ...] = (),
+        upload_bps: float = 0.0,
+        download_bps: float = 0.0,
+        workers: int = 2,
+    ) -> None:
+        if batch_size < 1:
+            raise ConfigError(f"batch_size = {batch_size}: a step has at least one sample")
+        if link is not None and recipe is not None:
+            raise ConfigError("a joiner gets the recipe of its run: leave recipe or link out")
+        named = parameters.named_parameters() if isinstance(parameters, nn.Module) else parameters
+        self._flat = FlatTensors(dict(named))
+        self._optimizer = optimizer
+        self._batch_size = batch_size
+        self._recipe = recipe or Recipe()
+        self._joins = Link.parse(link) if link is not None else None
+        self._folder = tempfile.TemporaryDirectory(prefix="shoal-") if home is None else None
+        self._home = Path(self._folder.name if self._folder is not None else home or "")
+        self._keeps = home is not None
+        self._network_config = NetworkConfig(
+            identity_path=self._home / "identity.key",
+            host=host,
+            port=port,
+            announce_hosts=announce_hosts,
+            link=self._joins,
+        )
+        self._rates = {"upload_bps": upload_bps, "download_bps": download_bps, "workers": workers}
+        self._network: Network[Session] | None = None
+        self._session: Session | None = None
+        self._loop: LocalLoop | None = None
+        self._over = False
+
+    # -- its life -----------------------------------------------------------------------------
+
+    def __enter__(self) -> SwarmOptimizer:
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _start(self) -> None:
+        identity = Identity.load_or_create(self._network_config.identity_path)
+        network = self._network = Network(
+            self._network_config, identity, make_session=_make_session
+        )
+        run = None
+        if self._joins is None:
+            self._check_optimizer()
+            raw = self._recipe.dump(self._flat.layout)
+            run = SignedRun.sign(identity, raw, time.time())
+        network.start(run)
+        found = network.found()
+        assert found is not None  # only `close` stops it
+        if self._joins is not None:
+            self._recipe, layout = Recipe.load(found.run_file)
+            self._check_optimizer()
+            if layout != self._flat.layout:
+                raise ConfigError(
+                    "this model is not the run's: names or shapes of the parameters differ"
+                )
+        recipe = self._recipe
+        initial_N = None if self._joins is not None else self._flat.read(
+            empty_vector(self._flat.numel), start=0, stop=self._flat.numel
+        )
+        self._session = network.begin(
+            SessionConfig(
+                run_id=found.run_id,
+                creator=found.creator,
+                layout=self._flat.layout,
+                numel=self._flat.numel,
+                round=recipe.round,
+                optimizer=self._state_optimizer(),
+                feedback=feeds_back(recipe.local, recipe.round.codec),
+                host=self._network_config.host,
+                announce_hosts=announced_hosts(
+                    self._network_config.host, self._network_config.announce_hosts, network.maddrs
+                ),
+                checkpoints=self._home / "checkpoints" / found.run_id if self._keeps else None,
+                **self._rates,
+            ),
+            initial_N,
+        )
+        assert self._session is not None
+        self._loop = LocalLoop(self._session, self._flat, recipe.round, recipe.local)
+        if self._loop.begin() is None:
+            self._over = True
+            if network.failure is not None:
+                raise network.failure
+
+    def close(self) -> None:
+        """Leave the swarm politely; the parameters stay as they are."""
+        self._over = True
+        network, self._network = self._network, None
+        if network is not None:
+            network.stop()
+            network.join(_CLOSE_S)
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    # -- training -----------------------------------------------------------------------------
+
+    def step(self) -> Step:
+        """After `backward`: take a step, clear the gradients, and do what is due with the swarm.
+
+        Raises:
+            SwarmError: the swarm cannot be reached any more, or what it has is not to be trusted.
+        """
+        if not self._over:
+            if self._recipe.round.mode == "gradient":
+                self._flat.accumulate(self._batch_size)
+            else:
+                assert self._optimizer is not None
+                self._optimizer.step()
+                self._optimizer.zero_grad()
+        return self.stepped()
+
+    def stepped(self) -> Step:
+        """The same where somebody else has taken the local step already."""
+        if self._loop is None or self._over:
+            return Step(round=0, over=True)
+        try:
+            turn = self._loop.stepped(self._batch_size)
+        except SessionClosed:
+            turn = None
+            self._over = True
+        network = self._network
+        if self._over and network is not None:
+            network.join(_CLOSE_S)
+            if network.failure is not None:
+                raise network.failure
+        if turn is None:
+            return Step(round=0 if self._over else self._loop.round, over=self._over)
+        return self._took(turn)
+
+    def _took(self, turn: Turn) -> Step:
+        assert self._loop is not None
+        self._over = turn.work is None
+        if turn.restarted and self._optimizer is not None:
+            self._optimizer.state = defaultdict(dict)  # its moments belong to other parameters
+        if self._over and self._session is not None:
+            state = self._session.state
+            self._flat.write(state.theta_N, start=0, stop=state.shape.numel)
+        return Step(
+            round=turn.result.round if self._over and turn.result else self._loop.round,
+            ended=turn.result,
+            wait_s=turn.wait_s,
+            restarted=turn.restarted,
+            over=self._over,
+        )
+
+    # -- what can be seen ---------------------------------------------------------------------
+
+    @property
+    def link(self) -> str:
+        """By which others join."""
+        link = self._network.link if self._network is not None else None
+        return str(link) if link is not None else ""
+
+    @property
+    def recipe(self) -> Recipe:
+        """What the run's peers agree on; of a joiner, once it has entered."""
+        return self._recipe
+
+    @property
+    def state(self) -> State:
+        """What all peers share, as of the last round that ended here.
+
+        Raises:
+            SessionClosed: this peer never had one.
+        """
+        if self._session is None:
+            raise SessionClosed("the swarm was not entered")
+        return self._session.state
+
+    # -- inside -------------------------------------------------------------------------------
+
+    def _check_optimizer(self) -> None:
+        gradient = self._recipe.round.mode == "gradient"
+        if gradient and self._optimizer is not None:
+            raise ConfigError(
+                "in gradient mode all peers take the same step: give optimizer=None, and set "
+                "recipe.gradient"
+            )
+        if not gradient and self._optimizer is None:
+            raise ConfigError("this run averages parameters: give the optimizer of the local steps")
+
+    def _state_optimizer(self) -> StateOptimizer:
+        if self._recipe.round.mode == "gradient":
+            return GradientOptimizer(self._recipe.gradient, self._flat.specs())
+        return OuterOptimizer(self._recipe.outer)
+
+
+class FlatTensors:
+    """Named float32 tensors as one flat vector (`local.Parameters`).
+
+    Args:
+        named: contiguous, in an order that is the same in all peers.
+
+    Raises:
+        ConfigError: there is none, or one that cannot be averaged.
+    """
+
+    def __init__(self, named: Mapping[str, Tensor]) -> None:
+        if not named:
+            raise ConfigError("there are no parameters to train")
+        for name, tensor in named.items():
+            if tensor.dtype != torch.float32 or not tensor.is_contiguous():
+                raise ConfigError(
+                    f"parameter {name} is {tensor.dtype}"
+                    f"{'' if tensor.is_contiguous() else ' and not contiguous'}: keep parameters in"
+                    " float32, and use torch.autocast for bf16"
+                )
+        self._named = dict(named)
+        self._starts: list[int] = []
+        self.numel = 0
+        for tensor in self._named.values():
+            self._starts.append(self.numel)
+            self.numel += tensor.numel()
+        shapes = json.dumps([[name, list(t.shape)] for name, t in self._named.items()])
+        self.layout = blake3(shapes.encode()).hexdigest(length=16)
+        self._sum_N: Tensor | None = None
+        self._samples = 0
+
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """What is where."""
+        return tuple(
+            TensorSpec(
+                name=name,
+                start=start,
+                shape=tuple(tensor.shape),
+                matrix=tensor.ndim == 2,
+                decay=tensor.ndim >= 2,
+            )
+            for start, (name, tensor) in zip(self._starts, self._named.items(), strict=True)
+        )
+
+    @torch.no_grad()
+    def read(self, out_S: Tensor, /, *, start: int, stop: int) -> Tensor:
+        """Copy elements start .. stop out."""
+        for flat, low, high in self._pieces(start, stop, lambda tensor: tensor):
+            out_S[low:high].copy_(flat)
+        return out_S
+
+    @torch.no_grad()
+    def write(self, vector_S: Tensor, /, *, start: int, stop: int) -> None:
+        """Overwrite elements start .. stop."""
+        for flat, low, high in self._pieces(start, stop, lambda tensor: tensor):
+            flat.copy_(vector_S[low:high])
+
+    @torch.no_grad()
+    def accumulate(self, samples: int) -> None:
+        """Add the gradients, means over so many samples, to those before, and clear them."""
+        if self._sum_N is None:
+            self._sum_N = torch.zeros(self.numel)
+        for flat, low, high in self._pieces(0, self.numel, lambda tensor: tensor.grad):
+            self._sum_N[low:high].add_(flat.cpu(), alpha=samples)
+        for tensor in self._named.values():
+            tensor.grad = None
+        self._samples += samples
+
+    def gradient(self, out_N: Tensor, /) -> Tensor:
+        """The mean gradient over all samples since the last call."""
+        assert self._sum_N is not None
+        torch.div(self._sum_N, self._samples, out=out_N)
+        self._sum_N.zero_()
+        self._samples = 0
+        return out_N
+
+    def _pieces(
+        self, start: int, stop: int, of: Callable[[Tensor], Tensor | None]
+    ) -> Iterator[tuple[Tensor, int, int]]:
+        """The memory of all tensors in a span, and where in the span each is."""
+        for at, tensor in zip(self._starts, self._named.values(), strict=True):
+            low, high = max(at, start), min(at + tensor.numel(), stop)
+            source = of(tensor) if low < high else None
+            if source is not None:
+                yield source.reshape(-1)[low - at : high - at], low - start, high - start
+
+
+def _make_session(config: SessionConfig, identity: Identity, directory: Directory) -> Session:
+    return Session(config, identity=identity, directory=directory)
