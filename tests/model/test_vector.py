@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from model.vector import FlatParameters
@@ -70,3 +72,36 @@ def test_what_is_not_float32_is_refused():
         FlatParameters(nn.Linear(2, 1).to(torch.bfloat16))
     with pytest.raises(ValueError, match="no parameters"):
         FlatParameters(nn.ReLU())
+
+
+@given(
+    shapes=st.lists(st.lists(st.integers(0, 4), max_size=3), min_size=1, max_size=6),
+    transposed=st.booleans(),
+    data=st.data(),
+)
+def test_a_span_is_a_piece_of_the_whole_and_touches_nothing_else(shapes, transposed, data):
+    module = nn.Module()
+    for index, shape in enumerate(shapes):
+        p = torch.randn(shape)
+        p = p.mT.contiguous().mT if transposed and p.ndim >= 2 else p
+        module.register_parameter(f"p{index}", nn.Parameter(p))
+    flat = FlatParameters(module)
+    start = data.draw(st.integers(0, flat.numel))
+    stop = data.draw(st.integers(start, flat.numel))
+    whole = flat.read()
+    assert torch.equal(flat.read(start=start, stop=stop), whole[start:stop])
+    whole[start:stop] = torch.randn(stop - start)
+    out = torch.empty(stop - start)
+    flat.write(whole[start:stop], start=start, stop=stop)
+    assert flat.read(out, start=start, stop=stop) is out
+    assert torch.equal(out, whole[start:stop])
+    assert torch.equal(flat.read(), whole)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 2), (2, 1), (0, 4), (4, None)])
+def test_a_span_that_does_not_exist_is_refused(start, stop):
+    flat = FlatParameters(nn.Linear(2, 1))
+    with pytest.raises(ValueError, match="no span of a vector of 3"):
+        flat.read(start=start, stop=stop)
+    with pytest.raises(ValueError, match="no span of a vector of 3"):
+        flat.write(torch.zeros(2), start=start, stop=stop)
