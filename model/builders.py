@@ -100,6 +100,22 @@ class TransformersModel(nn.Module):
         outer |= {id(p) for p in head.parameters()} if head is not None else set()
         return [p for p in self.inner.parameters() if p.ndim == 2 and id(p) not in outer]
 
+    def checkpoint_activations(self) -> None:
+        """Keep only what goes into each layer while training, and compute the rest again.
+
+        Raises:
+            ModelError: this kind of model cannot.
+        """
+        # The second name is that of older versions; newer ones warn of it.
+        enable = getattr(
+            self.inner, "activation_checkpointing_enable", self.inner.gradient_checkpointing_enable
+        )
+        try:
+            enable({"use_reentrant": False})
+        except ValueError as error:
+            kind = type(self.inner).__name__
+            raise ModelError(f"{kind} has no gradient checkpointing: switch it off") from error
+
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Predict the next token at every position.
 

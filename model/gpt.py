@@ -23,6 +23,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 _ROTARY_BASE = 10_000.0
 
@@ -109,6 +110,7 @@ class GPT(nn.Module):
         super().__init__()
         self.context = context
         self.vocabulary = vocabulary
+        self._checkpoints = False
         self.embedding = nn.Embedding(vocabulary, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.head = nn.Linear(width, vocabulary, bias=False)
@@ -132,6 +134,13 @@ class GPT(nn.Module):
         """The 2-D matrices between embedding and head, which Muon is made for."""
         return list(self.blocks.parameters())
 
+    def checkpoint_activations(self) -> None:
+        """Keep only what goes into each block while training, and compute the rest again.
+
+        Chen et al. 2016, arXiv:1604.06174: a third more time for a fraction of the memory.
+        """
+        self._checkpoints = True
+
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Predict the next token at every position.
 
@@ -150,5 +159,11 @@ class GPT(nn.Module):
         cos, sin = self.get_buffer("cos")[:T], self.get_buffer("sin")[:T]
         x_BTC = _norm(self.embedding(tokens_BT))
         for block in self.blocks:
-            x_BTC = block(x_BTC, cos, sin)
+            if self._checkpoints and torch.is_grad_enabled():
+                # Nothing in a block is drawn at random, so there is no generator to rewind.
+                x_BTC = checkpoint(
+                    block, x_BTC, cos, sin, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x_BTC = block(x_BTC, cos, sin)
         return self.head(_norm(x_BTC))  # type: ignore[no-any-return]
