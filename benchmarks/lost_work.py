@@ -43,7 +43,8 @@ def final_loss(way: str, seed: int, arguments: argparse.Namespace) -> float:
         for number, trainer in enumerate(trainers):
             trainer.write(theta_N)
             trainer.begin_round(round_, number, arguments.peers)
-            trainer.set_progress(round_ * arguments.local_steps)
+            a_step = config.batch_size * arguments.peers
+            trainer.set_progress(round_ * arguments.local_steps * a_step, arguments.peers)
             samples = sum(trainer.step().samples for _ in range(arguments.local_steps))
             delta_N = theta_N - trainer.read()
             if number in carried:

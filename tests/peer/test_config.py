@@ -87,7 +87,7 @@ def test_what_a_run_file_says_arrives() -> None:
         ("[model]\nkind = 'rnn'", "kind = 'rnn': use 'gpt' or 'transformers'"),
         ("[model]\nlayers = {a = 1}", "is not allowed"),
         ("[model]\noverrides = 3", "is no table"),
-        ("[optimizer]\nkind = 'sgd'", "use 'muon' or 'adamw'"),
+        ("[optimizer]\nkind = 'rmsprop'", "use 'muon' or 'adamw'"),
         ("[optimizer]\nbetas = [0.9]", "is not a list of 2"),
         ("[optimizer]\nbetas = [0.9, 'x']", "without quotes"),
         ("[data]\nvalidation_fraction = 0.7", "at most 0.5"),
