@@ -1,4 +1,4 @@
-"""How a slice of the vector becomes bytes: fp32, bf16, and block-wise int8, int4 and int2.
+"""How a slice of the vector becomes bytes: fp32, bf16, and block-wise int8, int4, int2 and int1.
 
 Layouts (little-endian; n elements; a block is 256 consecutive ones, the last may be shorter):
 
@@ -7,10 +7,11 @@ Layouts (little-endian; n elements; a block is 256 consecutive ones, the last ma
     int8    ceil(n / 256) x bfloat16 scale, then the blocks: L bytes for one of L elements
     int4    the same with ceil(L / 2) bytes a block
     int2    the same with ceil(L / 4) bytes a block
+    int1    the same with ceil(L / 8) bytes a block
 
-With K elements to a byte (1, 2, 4) and H = ceil(L / K) bytes, byte i of a block holds the elements
-i, i + H, i + 2H, ... from its low bits to its high ones, so that neighbours stay neighbours in the
-lanes of a vector unit. What lies at or beyond L is padding, and zero bits.
+With K elements to a byte (1, 2, 4, 8) and H = ceil(L / K) bytes, byte i of a block holds the
+elements i, i + H, i + 2H, ... from its low bits to its high ones: neighbours stay neighbours
+in the lanes of a vector unit. What lies at or beyond L is padding, and zero bits.
 
 int8 and int4: x is sent as q = round_half_even(x / scale), the scale being max|x| of the block /
 q_max (127 or 7), rounded *up* to bfloat16; int8 as two's complement, int4 as q + 8. Hence
@@ -24,6 +25,14 @@ and unlike max|x| not at the mercy of one outlier. In bits: with a_i = |x_i| / 2
 a_(i+128) for i < 128, then those i + 64 apart, and so on to one); times 1.25; over L / 256; rounded
 half to even to bfloat16; at most 0x7EAA. The error of an element is at most
 max(scale / 2, |x| - 1.5 * scale), whatever the scale. Error feedback makes up for what is cut off.
+
+int1: -1 or 1 (0 or 1 in the bit) times the scale, 1 for +0 and -0. The scale is the mean |x| of the
+block, by the same sum, without the factor of 1.25, and at most 0x7F00. The error of an element is
+exactly |scale - |x||, and so at most max(scale, |x| - scale).
+
+Error feedback: whoever encodes keeps what was lost, x - decoded, and adds it to what it encodes
+next. Every codec loses less than it is given (in squares, summed over a block), so what is kept
+stays bounded, and the mean of k messages is off by what is kept at the end over k.
 
 A scale below `TINY` is sent as 0, and such a block as all +0. bfloat16 for the scale, rather than
 float16, because pseudo-gradients fall below float16's range; and because 8 bits of scale times 8
@@ -115,6 +124,19 @@ class Codec(Protocol):
         """Elements that share a scale; slices cut at multiples of it encode as the whole would."""
         ...
 
+    @property
+    def average(self) -> str:
+        """Name of the codec in which the average of what this one carried is sent back.
+
+        One value per element of many peers' becomes many: int1 goes to the reducer, int2 back.
+        """
+        ...
+
+    @property
+    def needs_feedback(self) -> bool:
+        """Whether so much is lost that the sender has to keep it and add it to what comes next."""
+        ...
+
     def encoded_bytes(self, n: int) -> int:
         """Exact size of n encoded elements."""
         ...
@@ -162,6 +184,9 @@ class Codec(Protocol):
     def decode_add(self, payload: Buffer, n: int, weight: float, into_N: Tensor) -> None:
         """Compute `into += weight * decoded`, in two roundings: a multiply, then an add.
 
+        With a weight of -1 the first is exact: `decode_add(encode(x), n, -1.0, x)` leaves in x what
+        encoding lost, each element rounded once; error feedback keeps that for the next message.
+
         Args:
             payload: n encoded elements, of any alignment.
             n: how many; the length of `into_N`.
@@ -201,6 +226,8 @@ class _Base(ABC):
 
     name: str
     block: int
+    average: str
+    needs_feedback = False
 
     @abstractmethod
     def encoded_bytes(self, n: int) -> int: ...
@@ -354,7 +381,7 @@ class _Floats(_Base):
 class _Fp32(_Floats):
     """The values as they are: for tests, for the first round's sanity, for fast networks."""
 
-    name = "fp32"
+    name = average = "fp32"
     size = 4
 
     def encode(self, values_N: Tensor, out: memoryview | None = None) -> memoryview:
@@ -390,7 +417,7 @@ class _Fp32(_Floats):
 class _Bf16(_Floats):
     """The upper half of each float32, rounded to nearest even: relative error at most 2^-8."""
 
-    name = "bf16"
+    name = average = "bf16"
     size = 2
 
     def _encode(self, values_N: np.ndarray, target: np.ndarray) -> int:
@@ -476,7 +503,7 @@ class _Quantised(_Base):
                 raise ValueError("a scale is negative, not finite, too large or too small")
         rest = n % BLOCK
         height = self._quanta_bytes(rest)
-        for place in range(rest, height * 8 // self.bits):  # at most three
+        for place in range(rest, height * 8 // self.bits):  # at most seven
             byte, shift = place % height - height, self.bits * (place // height)
             if source[byte] >> shift & ((1 << self.bits) - 1):
                 raise ValueError("the padding after the last element is not zero")
@@ -551,7 +578,7 @@ class _Rounded(_Quantised):
 class _Int8(_Rounded):
     """Eight bits: error at most 0.4 % of the block's largest magnitude."""
 
-    name = "int8"
+    name = average = "int8"
     bits, q_max, offset = 8, 127, 0
     encode_kernel, decode_kernel = kernels.encode_int8, kernels.decode_int8
 
@@ -562,7 +589,7 @@ class _Int8(_Rounded):
 class _Int4(_Rounded):
     """Four bits: error at most 7.3 % of the block's largest magnitude."""
 
-    name = "int4"
+    name = average = "int4"
     bits, q_max, offset = 4, 7, 8
     encode_kernel, decode_kernel = kernels.encode_int4, kernels.decode_int4
 
@@ -570,29 +597,27 @@ class _Int4(_Rounded):
         return codes_RW.to(torch.float32).sub_(8.0)
 
 
-class _Int2(_Quantised):
-    """Two bits: what is beyond twice the block's mean magnitude is cut off; use error feedback."""
+class _Levelled(_Quantised):
+    """int2 and int1: a few levels of a scale that follows the mean magnitude."""
 
-    name = "int2"
-    bits = 2
-    largest_scale = kernels.INT2_LARGEST_SCALE
-    encode_kernel, decode_kernel = kernels.encode_int2, kernels.decode_int2
+    factor: float
+    needs_feedback = True
 
     def _scales(self, values_RW: Tensor) -> Tensor:
-        """Bfloat16 bits of 1.25 mean|x|, (R,) int32."""
-        rows, width = values_RW.shape
-        shares_RB = values_RW.new_zeros(rows, BLOCK)
-        shrunk_RW = torch.nn.functional.hardshrink(values_RW, kernels.MEAN_FLOOR)
-        torch.abs(shrunk_RW, out=shares_RB[:, :width]).mul_(1 / BLOCK)
-        half = BLOCK // 2
-        while half:
-            shares_RB = shares_RB[:, :half] + shares_RB[:, half:]
-            half //= 2
-        divisor = torch.full((1,), width / BLOCK, device=values_RW.device)
-        exact_R = (shares_RB[:, 0] * kernels.MEAN_FACTOR / divisor).view(torch.int32)
-        bits_R = (exact_R + 0x7FFF + ((exact_R >> 16) & 1)) >> 16
-        bits_R.clamp_(max=self.largest_scale)
-        return bits_R.masked_fill_(bits_R < _TINY_SCALE, 0)
+        """Bfloat16 bits of the scales, (R,) int32."""
+        width = values_RW.shape[1]
+        shares_RB = _shares(values_RW, BLOCK)
+        return _mean_scales(shares_RB, self.factor, width / BLOCK, self.largest_scale)
+
+
+class _Int2(_Levelled):
+    """Two bits: what is beyond twice the block's mean magnitude is cut off; use error feedback."""
+
+    name = average = "int2"
+    bits = 2
+    factor = kernels.MEAN_FACTOR
+    largest_scale = kernels.INT2_LARGEST_SCALE
+    encode_kernel, decode_kernel = kernels.encode_int2, kernels.decode_int2
 
     def _codes(self, values_RW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         largest_R = (values_RW.view(torch.int32) & _SIGNLESS).amax(1)
@@ -609,6 +634,47 @@ class _Int2(_Quantised):
 
     def _levels(self, codes_RW: Tensor) -> Tensor:
         return codes_RW.to(torch.float32).sub_(1.5)
+
+
+class _Int1(_Levelled):
+    """One bit: the sign, and nothing of an element's magnitude; use error feedback."""
+
+    name, average = "int1", "int2"
+    bits = 1
+    factor = 1.0
+    largest_scale = kernels.INT1_LARGEST_SCALE
+    encode_kernel, decode_kernel = kernels.encode_int1, kernels.decode_int1
+
+    def _codes(self, values_RW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        largest_R = (values_RW.view(torch.int32) & _SIGNLESS).amax(1)
+        scales_R = self._scales(values_RW)
+        middle_R1 = -(scales_R == 0).to(torch.float32)[:, None]
+        return largest_R, scales_R, (values_RW >= middle_R1).view(torch.uint8)
+
+    def _levels(self, codes_RW: Tensor) -> Tensor:
+        return codes_RW.to(torch.float32).mul_(2.0).sub_(1.0)
+
+
+def _shares(values_RB: Tensor, count: int) -> Tensor:
+    """What each element adds to a mean of `count`, (R, count): zeros where rows are shorter."""
+    rows, width = values_RB.shape
+    shares_RC = values_RB.new_zeros(rows, count)
+    shrunk_RW = torch.nn.functional.hardshrink(values_RB, kernels.MEAN_FLOOR)
+    torch.abs(shrunk_RW, out=shares_RC[:, :width]).mul_(1 / count)
+    return shares_RC
+
+
+def _mean_scales(shares_RC: Tensor, factor: float, filled: float, largest: int) -> Tensor:
+    """Bfloat16 bits of the shares' sum, times a factor, over the filled part of it, (R,) int32."""
+    half = shares_RC.shape[1] // 2
+    while half:
+        shares_RC = shares_RC[:, :half] + shares_RC[:, half:]
+        half //= 2
+    divisor = torch.full((1,), filled, device=shares_RC.device)
+    exact_R = (shares_RC[:, 0] * factor / divisor).view(torch.int32)
+    bits_R = (exact_R + 0x7FFF + ((exact_R >> 16) & 1)) >> 16
+    bits_R.clamp_(max=largest)
+    return bits_R.masked_fill_(bits_R < _TINY_SCALE, 0)
 
 
 def _segments(n: int, on_device: bool = False) -> Iterator[tuple[int, int]]:
@@ -667,7 +733,7 @@ def _upload(source: np.ndarray, device: torch.device) -> Tensor:
 
 
 _CODECS: Final[dict[str, Codec]] = {
-    each.name: each for each in (_Fp32(), _Bf16(), _Int8(), _Int4(), _Int2())
+    each.name: each for each in (_Fp32(), _Bf16(), _Int8(), _Int4(), _Int2(), _Int1())
 }
 
 

@@ -40,11 +40,14 @@ TINY: Final = 2.0**-120
 """A bf16 element not above this, and a quantisation scale below it, are sent as zero."""
 
 MEAN_FLOOR: Final = 2.0**-110
-"""An element not above this does not count in int2's mean: over 256 it must stay normal."""
+"""An element not above this does not count in a mean: over 256 it must stay normal."""
 
 MEAN_FACTOR: Final = 1.25
 """int2's step per mean |x|. The step that is best for a Gaussian, 0.9957 of its deviation (Max
 1960, doi:10.1109/TIT.1960.1057548), is 1.248 of its mean |x|."""
+
+INT1_LARGEST_SCALE: Final = 0x7F00
+"""Bits, as bfloat16, of 2^127."""
 
 INT2_LARGEST_SCALE: Final = 0x7EAA
 """Bits, as bfloat16, of the largest scale of which 1.5 is at most 2^127."""
@@ -80,7 +83,7 @@ def _numba() -> Any:
                 numba = importlib.import_module("numba")
                 extending = importlib.import_module("numba.extending")
                 if not numba.config.DISABLE_JIT:  # somebody debugs: torch is faster than Python
-                    for helper in (_bits, _real, _scale_bits, _shrunk, _mean_scale_bits):
+                    for helper in (_bits, _real, _scale_bits, _shrunk, _mean, _mean_scale_bits):
                         extending.register_jitable(helper)
                     _module = numba
             _loaded = True
@@ -174,16 +177,33 @@ def _scale_bits(largest: Any, q_max: Any) -> Any:
 
 
 def _shrunk(x: Any) -> Any:
-    """What an element adds to int2's mean: |x| / 256, or 0 where that might be subnormal."""
+    """What an element adds to a block's mean: |x| / 256, or 0 where that might be subnormal."""
     magnitude = abs(x)
     return magnitude * _PER_256 if magnitude > _FLOOR else _ZERO
 
 
-def _mean_scale_bits(sum_256: Any, width: Any) -> Any:
-    """The bfloat16 scale of an int2 block, from its sum of |x| / 256; 0 if tiny."""
-    exact = _bits(sum_256 * _FACTOR / (np.float32(width) * _PER_256))
+def _mean(values_RW: Any, r: Any, sums: Any) -> Any:
+    """The sum of a block's |x| / 256, by halves: see the docstring of `codecs`."""
+    width = values_RW.shape[1]
+    if width == 256:
+        for i in range(128):
+            sums[i] = _shrunk(values_RW[r, i]) + _shrunk(values_RW[r, np.uintp(i + 128)])
+    else:
+        for i in range(128):
+            low = _shrunk(values_RW[r, i]) if i < width else _ZERO
+            high = _shrunk(values_RW[r, np.uintp(i + 128)]) if i + 128 < width else _ZERO
+            sums[i] = low + high
+    for half in (64, 32, 16, 8, 4, 2, 1):
+        for i in range(half):
+            sums[i] += sums[i + half]
+    return sums[0]
+
+
+def _mean_scale_bits(scale: Any, largest: Any) -> Any:
+    """The bfloat16 that is nearest to a scale, at most `largest`; 0 if tiny."""
+    exact = _bits(scale)
     bits: Any = np.int32(exact + 0x7FFF + ((exact >> 16) & 1)) >> 16
-    bits = min(bits, INT2_LARGEST_SCALE)
+    bits = min(bits, largest)
     return 0 if _real(bits << 16) < _TINY else bits
 
 
@@ -355,19 +375,8 @@ def encode_int2(values_RW: Any, scales_R: Any, quanta_RH: Any) -> Any:
             magnitude = np.int32(_bits(values_RW[r, i]) & _MAGNITUDE)
             if magnitude > wildest:
                 wildest = magnitude
-        # The sum of 256, by halves: see the docstring of `codecs`.
-        if width == 256:
-            for i in range(128):
-                sums[i] = _shrunk(values_RW[r, i]) + _shrunk(values_RW[r, np.uintp(i + 128)])
-        else:
-            for i in range(128):
-                low = _shrunk(values_RW[r, i]) if i < width else _ZERO
-                high = _shrunk(values_RW[r, np.uintp(i + 128)]) if i + 128 < width else _ZERO
-                sums[i] = low + high
-        for half in (64, 32, 16, 8, 4, 2, 1):
-            for i in range(half):
-                sums[i] += sums[i + half]
-        bits = _mean_scale_bits(sums[0], width)
+        mean = _mean(values_RW, r, sums) * _FACTOR / (np.float32(width) * _PER_256)
+        bits = _mean_scale_bits(mean, INT2_LARGEST_SCALE)
         scales_R[r] = np.uint16(bits)
         # Without a scale, thresholds between which all elements of such a block lie: +0 for each.
         step = _real(bits << 16) if bits > 0 else _ONE
@@ -395,6 +404,61 @@ def decode_int2(scales_R: Any, quanta_RH: Any, out_RW: Any, weight: Any, add: An
             for i in range(max(0, min(quarter, width - first))):
                 code = np.int32((quanta_RH[r, i] >> 2 * k) & 3)
                 value = (np.float32(code) - _ONE_AND_HALF) * scale * weight
+                if add:
+                    out_RW[r, np.uintp(first + i)] += value
+                else:
+                    out_RW[r, np.uintp(first + i)] = value
+    return 0
+
+
+@_kernel("float32[:,:]", "uint16[:]!", "uint8[:,:]!")
+def encode_int1(values_RW: Any, scales_R: Any, quanta_RH: Any) -> Any:
+    """Returns the bits of the largest |x|; above what the codec carries, the output is garbage."""
+    wildest = np.int32(0)
+    rows, width = values_RW.shape
+    eighth = quanta_RH.shape[1]
+    sums = np.empty(128, np.float32)
+    for r in range(rows):
+        for i in range(width):
+            magnitude = np.int32(_bits(values_RW[r, i]) & _MAGNITUDE)
+            if magnitude > wildest:
+                wildest = magnitude
+        mean = _mean(values_RW, r, sums) / (np.float32(width) * _PER_256)
+        bits = _mean_scale_bits(mean, INT1_LARGEST_SCALE)
+        scales_R[r] = np.uint16(bits)
+        # Without a scale, a threshold below which no element of such a block lies: +0 for each.
+        middle = _ZERO if bits > 0 else -_ONE
+        if width == 256:
+            # All bits of a byte at once: narrowing to bytes is what costs.
+            for i in range(32):
+                code = np.int32(0)
+                for k in range(8):
+                    bit = np.int32(values_RW[r, np.uintp(i + 32 * k)] >= middle)
+                    code = np.int32(code | np.int32(bit << k))
+                quanta_RH[r, i] = np.uint8(code)
+            continue
+        for i in range(eighth):
+            quanta_RH[r, i] = np.uint8(0)
+        for k in range(8):
+            first = k * eighth
+            for i in range(max(0, min(eighth, width - first))):
+                code = np.int32(values_RW[r, np.uintp(first + i)] >= middle)
+                quanta_RH[r, i] |= np.uint8(code << k)
+    return wildest
+
+
+@_kernel("uint16[:]", "uint8[:,:]", "float32[:,:]!", "float32", "boolean")
+def decode_int1(scales_R: Any, quanta_RH: Any, out_RW: Any, weight: Any, add: Any) -> Any:
+    """Weigh, then write or add. Scales have been checked."""
+    rows, width = out_RW.shape
+    eighth = quanta_RH.shape[1]
+    for r in range(rows):
+        # Both levels once for the block: scale times weight rounds alike for either sign.
+        above = _real(np.int32(scales_R[r]) << 16) * weight
+        for k in range(8):
+            first = k * eighth
+            for i in range(max(0, min(eighth, width - first))):
+                value = above if (quanta_RH[r, i] >> k) & 1 else -above
                 if add:
                     out_RW[r, np.uintp(first + i)] += value
                 else:

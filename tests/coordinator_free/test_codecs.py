@@ -25,13 +25,14 @@ from coordinator_free.codecs import (
 )
 from dht.errors import ConfigError
 
-NAMES = ["fp32", "bf16", "int8", "int4", "int2"]
-QUANTISED = ["int8", "int4", "int2"]
-BITS = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4, "int2": 2}
+NAMES = ["fp32", "bf16", "int8", "int4", "int2", "int1"]
+QUANTISED = ["int8", "int4", "int2", "int1"]
+BITS = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4, "int2": 2, "int1": 1}
 LENGTHS = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 63, 64, 65, 127, 128, 129, 130, 131]
 LENGTHS += [253, 254, 255, 256, 257, 258, 259, 260, 383, 511, 512, 513, 2 * BLOCK + 129]
 REFUSAL = "bytes are not|not finite|scale is|padding"
 Q_MAX = {"int8": 127, "int4": 7}
+FEEDBACK = {"int2": 10, "int1": 20}  # what is kept is at most so many times what is to be sent
 
 GOLDEN_DIGESTS = {
     "fp32": "78c6ebdc7b94b5ba",
@@ -39,6 +40,7 @@ GOLDEN_DIGESTS = {
     "int8": "1ac964c223c4fefb",
     "int4": "5f11a789bd4ee035",
     "int2": "201ca68db7a1386d",
+    "int1": "c14336ee143bba2c",
 }
 
 finite = st.floats(-MAX_MAGNITUDE, MAX_MAGNITUDE, width=32, allow_nan=False)
@@ -85,14 +87,14 @@ def per_block(summary: Callable[[np.ndarray], float], values: np.ndarray) -> np.
     return np.concatenate([np.full(len(b), summary(b)) for b in blocks] or [np.zeros(0)])
 
 
-def int2_scales(payload: memoryview, n: int) -> np.ndarray:
+def sent_scales(payload: memoryview, n: int) -> np.ndarray:
     """The scale of each element, in float64."""
     blocks = -(-n // BLOCK)
     bits = np.frombuffer(payload, np.uint16, blocks).astype(np.uint32) << 16
     return np.repeat(bits.view(np.float32).astype(np.float64), BLOCK)[:n]
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "int2"])
+@pytest.mark.parametrize("name", ["fp32", "bf16", "int8", "int4"])
 @given(values=vectors)
 @settings(deadline=None)
 def test_decoding_what_was_encoded_stays_within_the_documented_bound(
@@ -107,22 +109,27 @@ def test_decoding_what_was_encoded_stays_within_the_documented_bound(
     assert (np.abs(decoded.astype(np.float64) - values) <= bound(name, values)).all()
 
 
+@pytest.mark.parametrize("name", ["int2", "int1"])
 @given(values=vectors)
 @settings(deadline=None)
-def test_int2_takes_the_nearest_level_of_a_scale_that_is_the_blocks_mean(
-    values: np.ndarray,
+def test_the_nearest_level_is_taken_of_a_scale_that_follows_the_blocks_mean(
+    name: str, values: np.ndarray
 ) -> None:
     n = len(values)
-    payload = codec("int2").encode(torch.from_numpy(values))
-    assert payload.nbytes == codec("int2").encoded_bytes(n)
-    codec("int2").validate(payload, n)
-    decoded = codec("int2").decode(payload, n).numpy().astype(np.float64)
-    scale = int2_scales(payload, n)
+    payload = codec(name).encode(torch.from_numpy(values))
+    assert payload.nbytes == codec(name).encoded_bytes(n)
+    codec(name).validate(payload, n)
+    decoded = codec(name).decode(payload, n).numpy().astype(np.float64)
+    scale = sent_scales(payload, n)
     magnitude = np.abs(values.astype(np.float64))
     # Exactly: each level is a float32, and so the nearest one is compared for without an error.
-    assert (np.abs(decoded - values) <= np.maximum(scale / 2, magnitude - 1.5 * scale)).all()
+    if name == "int2":
+        assert (np.abs(decoded - values) <= np.maximum(scale / 2, magnitude - 1.5 * scale)).all()
+    else:
+        assert (np.abs(decoded - values) == np.abs(scale - magnitude)).all()
+    factor, top = (1.25, 1.5) if name == "int2" else (1.0, 1.0)
     mean = per_block(np.mean, magnitude)
-    ideal = np.minimum(1.25 * mean, MAX_MAGNITUDE / 1.5)
+    ideal = np.minimum(factor * mean, MAX_MAGNITUDE / top)
     # bfloat16's rounding, and nine of float32; then what was too small to count.
     assert (np.abs(scale - ideal) <= ideal * (2.0**-8 + 2.0**-20) + 1.25 * 2.0**-110).all()
 
@@ -208,7 +215,7 @@ def test_a_wild_fp32_payload_is_refused(value: float) -> None:
 
 @pytest.mark.parametrize("name", QUANTISED)
 @pytest.mark.parametrize(
-    "bits", [0x7F80, 0x7FC0, 0xFFC0, 0xBF80, 0x8000, 0x7F00, 0x0001, 0x037F], ids=hex
+    "bits", [0x7F80, 0x7FC0, 0xFFC0, 0xBF80, 0x8000, 0x7F01, 0x0001, 0x037F], ids=hex
 )
 def test_a_wild_scale_is_refused_in_any_block(name: str, bits: int) -> None:
     n = 2 * BLOCK + 1
@@ -227,7 +234,7 @@ def test_the_largest_scale_that_is_sent_is_the_largest_accepted(name: str) -> No
     refused(name, payload.tobytes(), BLOCK, "scale")
 
 
-@pytest.mark.parametrize("name", ["int4", "int2"])
+@pytest.mark.parametrize("name", ["int4", "int2", "int1"])
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 6, 7, 255, BLOCK + 1, BLOCK + 3, 2 * BLOCK - 2])
 def test_padding_is_zero_and_must_be(name: str, n: int) -> None:
     """Every bit of the last block either shows in what is decoded, or must be zero."""
@@ -302,6 +309,8 @@ def test_golden_bytes() -> None:
         "int4": "803e8c1609",
         # 1.25 * mean = 0.87575 rounds to 0.875 = 0x3f60; 3 1 2 2 0: 3, 2, 0 and 1, 2
         "int2": "603f0b09",
+        # mean = 0.7006 rounds to 0.69921875 = 0x3f33; signs 1 0 1 1 0
+        "int1": "333f0d",
     }
     for name, expected in golden.items():
         assert bytes(codec(name).encode(values)).hex() == expected
@@ -309,6 +318,8 @@ def test_golden_bytes() -> None:
     assert decoded.tolist() == [1.0, -0.5, 0.25, 0.0, -1.75]
     decoded = codec("int2").decode(bytes.fromhex(golden["int2"]), 5)
     assert decoded.tolist() == [1.3125, -0.4375, 0.4375, 0.4375, -1.3125]
+    decoded = codec("int1").decode(bytes.fromhex(golden["int1"]), 5)
+    assert decoded.tolist() == [0.69921875, -0.69921875, 0.69921875, 0.69921875, -0.69921875]
 
 
 def test_golden_digests() -> None:
@@ -327,6 +338,8 @@ def test_golden_digests() -> None:
 
 def levels(name: str, block: np.ndarray, scale: np.float32) -> np.ndarray:
     """What a block decodes to, over its scale."""
+    if name == "int1":
+        return np.where(block >= 0, np.float32(1), np.float32(-1))
     if name == "int2":
         thresholds = np.float32([-1, 0, 1]) * scale
         return np.searchsorted(thresholds, block, side="right").astype(np.float32) - np.float32(1.5)
@@ -335,12 +348,13 @@ def levels(name: str, block: np.ndarray, scale: np.float32) -> np.ndarray:
 
 def scale_of(name: str, block: np.ndarray) -> np.float32:
     """By numpy, one operation after the other."""
-    if name == "int2":
+    if name in ("int2", "int1"):
         shares = np.zeros(BLOCK, np.float32)
         shares[: len(block)] = np.abs(block) * np.float32(1 / BLOCK)
         while len(shares) > 1:
             shares = shares[: len(shares) // 2] + shares[len(shares) // 2 :]
-        exact = shares * np.float32(1.25) / np.float32(len(block) / BLOCK)
+        factor = np.float32(1.25 if name == "int2" else 1)
+        exact = shares * factor / np.float32(len(block) / BLOCK)
         bits = exact.view(np.uint32)[0]
         bits += np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))
     else:
@@ -443,7 +457,7 @@ def test_callers_mistakes_are_value_errors(any_codec: Codec) -> None:
     with pytest.raises(ValueError, match="writable"):
         any_codec.encode(torch.zeros(8), memoryview(bytes(64)))
     with pytest.raises(ValueError, match="writable"):
-        any_codec.encode(torch.zeros(8), memoryview(bytearray(3)))
+        any_codec.encode(torch.zeros(8), memoryview(bytearray(2)))
     payload = any_codec.encode(torch.zeros(8))
     with pytest.raises(ValueError, match="elements, not 8"):
         any_codec.decode_add(payload, 8, 1.0, torch.zeros(7))
@@ -464,10 +478,11 @@ def test_sizes_are_what_the_run_file_promises() -> None:
     assert codec("int8").encoded_bytes(n) / n == pytest.approx(1 + 2 / BLOCK, rel=1e-3)
     assert codec("int4").encoded_bytes(n) / n == pytest.approx(0.5 + 2 / BLOCK, rel=1e-3)
     assert codec("int2").encoded_bytes(n) / n == pytest.approx(0.25 + 2 / BLOCK, rel=1e-3)
+    assert codec("int1").encoded_bytes(n) / n == pytest.approx(0.125 + 2 / BLOCK, rel=1e-3)
 
 
 def test_an_unknown_codec_is_a_config_error_that_lists_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"'fp8'.*fp32, bf16, int8, int4, int2"):
+    with pytest.raises(ConfigError, match=r"'fp8'.*fp32, bf16, int8, int4, int2, int1"):
         codec("fp8")
 
 
@@ -475,3 +490,45 @@ def test_preparing_leaves_nothing_to_compile(any_codec: Codec) -> None:
     prepare(any_codec.name)
     with pytest.raises(ConfigError):
         prepare("fp8")
+
+
+def test_what_comes_back_is_of_a_codec_that_averages_in_itself(any_codec: Codec) -> None:
+    back = codec(any_codec.average)
+    assert back.average == back.name
+    assert back.needs_feedback == any_codec.needs_feedback
+    assert (any_codec.name == back.name) == (any_codec.name != "int1")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(values=vectors)
+@settings(deadline=None)
+def test_decoding_times_minus_one_leaves_what_was_lost(name: str, values: np.ndarray) -> None:
+    n = len(values)
+    payload = codec(name).encode(torch.from_numpy(values))
+    decoded = codec(name).decode(payload, n).numpy()
+    lost = torch.from_numpy(values.copy())
+    codec(name).decode_add(payload, n, -1.0, lost)
+    assert lost.numpy().tobytes() == (values - decoded).tobytes()
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if codec(name).needs_feedback])
+@pytest.mark.parametrize("n", [BLOCK + 77, 3])
+def test_with_feedback_the_mean_of_what_was_sent_comes_near_what_was_to_be(
+    name: str, n: int
+) -> None:
+    c = codec(name)
+    generator = torch.Generator().manual_seed(n)
+    values = torch.randn(n, generator=generator)
+    kept, total = torch.zeros(n), torch.zeros(n, dtype=torch.float64)
+    off = {}
+    for k in range(1, 257):
+        kept += values
+        payload = c.encode(kept)
+        total += c.decode(payload, n)
+        c.decode_add(payload, n, -1.0, kept)
+        off[k] = (total / k - values).norm().item() / values.norm().item()
+    # Of a Gaussian, and a long time after which what is kept grows no more.
+    for k in (16, 64, 256):
+        assert off[k] < FEEDBACK[name] / k
+    # Without it, the mean stays as far off as the first message.
+    assert off[1] > 2 * off[256]

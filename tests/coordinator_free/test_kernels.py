@@ -23,7 +23,7 @@ from coordinator_free.codecs import BLOCK, SEGMENT, Codec, codec
 from coordinator_free.optimizer import Position
 from coordinator_free.outer import OuterConfig, OuterOptimizer
 
-NAMES = ["fp32", "bf16", "int8", "int4", "int2"]
+NAMES = ["fp32", "bf16", "int8", "int4", "int2", "int1"]
 
 both = pytest.mark.skipif(not kernels.compiled(), reason="numba is not installed")
 lengths = st.one_of(st.integers(0, 20), st.integers(250, 260), st.integers(0, 3 * BLOCK + 5))
@@ -274,7 +274,7 @@ import numpy as np, torch
 from coordinator_free.codecs import codec
 draws = np.random.default_rng(0)
 refused = 0
-for name in ("fp32", "bf16", "int8", "int4", "int2"):
+for name in ("fp32", "bf16", "int8", "int4", "int2", "int1"):
     c = codec(name)
     for n in [*range(1, 20), 253, 254, 255, 256, 257, 258, 259, 511, 512, 513, 700]:
         values = torch.from_numpy(draws.integers(0, 2**32, n, np.uint32).view(np.float32))
