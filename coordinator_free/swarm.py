@@ -111,8 +111,8 @@ class Recipe:
         return cls(**values), layout
 
 
-def _read(kind: Any, name: str, value: object) -> Any:
-    if not dataclasses.is_dataclass(kind):
+def _read(kind: type[Any], name: str, value: object) -> Any:
+    if kind is str:
         if type(value) is not kind:
             raise ConfigError(f"this run's {name} = {value!r} is no {kind.__name__}")
         return value
@@ -212,7 +212,8 @@ class SwarmOptimizer:
             announce_hosts=announce_hosts,
             link=self._joins,
         )
-        self._rates = {"upload_bps": upload_bps, "download_bps": download_bps, "workers": workers}
+        self._upload_bps, self._download_bps = upload_bps, download_bps
+        self._workers = workers
         self._network: Network[Session] | None = None
         self._session: Session | None = None
         self._loop: LocalLoop | None = None
@@ -274,7 +275,9 @@ class SwarmOptimizer:
                     self._network_config.host, self._network_config.announce_hosts, network.maddrs
                 ),
                 checkpoints=self._home / "checkpoints" / found.run_id if self._keeps else None,
-                **self._rates,
+                upload_bps=self._upload_bps,
+                download_bps=self._download_bps,
+                workers=self._workers,
             ),
             initial_N,
         )

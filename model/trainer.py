@@ -295,8 +295,23 @@ class Trainer:
         return gradient_N
 
     @torch.no_grad()
-    def evaluate(self) -> float:
-        """Mean loss on the fixed validation blocks, in nats a token (a byte, with byte tokens)."""
+    def evaluate(self, theta_N: Tensor | None = None) -> float:
+        """Mean loss on the fixed validation blocks, in nats a token (a byte, with byte tokens).
+
+        Args:
+            theta_N: (N,) float32 on the CPU, measured in place of the parameters, which stay.
+        """
+        if theta_N is None:
+            return self._evaluate()
+        held = [p.clone() for p in self.model.parameters()]
+        try:
+            self._flat.write(theta_N)
+            return self._evaluate()
+        finally:
+            for p, before in zip(self.model.parameters(), held, strict=True):
+                p.copy_(before)
+
+    def _evaluate(self) -> float:
         self.model.eval()
 
         def measure(rows: list[int]) -> float:
