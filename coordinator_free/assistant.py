@@ -270,7 +270,13 @@ class Assistant:
                 logger.info("assistant.plan_ignored peer=%s round=%d", sender, plan.round)
                 return
             butterfly = Butterfly(
-                plan, digest, self._identity.peer_id, None, _Nobody(), self._executor
+                plan,
+                digest,
+                self._identity.peer_id,
+                None,
+                _Nobody(),
+                self._executor,
+                weight_cap=self._config.round.effective_weight_cap,
             )
             self._exchanges.add(butterfly)
             began = time.monotonic()

@@ -30,9 +30,10 @@ from torch import Tensor
 from coordinator_free import failpoints
 from coordinator_free.average import Average, Chunk, ChunkStore, check_bits
 from coordinator_free.codecs import Codec, NonFinite, codec
+from coordinator_free.feedback import Feedback
 from coordinator_free.messages import FetchChunks, FrameHeader, Plan, Run, Slice
 from coordinator_free.partition import chunk_span, runs_of, share, within
-from coordinator_free.planning import sent_by
+from coordinator_free.planning import sent_by, weights
 from coordinator_free.reducer import Reducer
 from coordinator_free.wire import pack_frame, unpack_frame
 from dht.errors import PeerError, ProtocolViolation, RoundError, Unreachable, innermost
@@ -103,6 +104,9 @@ class Butterfly:
         network: to the other members.
         executor: runs what takes longer than a moment.
         base: the exchange that the plan mends, if this peer took part in that.
+        weight_cap: `RoundConfig.weight_cap`.
+        feedback: residuals of what this peer reduces, and the fragment that the round averages;
+            None keeps none.
 
     Attributes:
         slices_s: by reducer, after how many seconds all of its slices were here.
@@ -119,6 +123,9 @@ class Butterfly:
         network: Network,
         executor: Executor,
         base: Butterfly | None = None,
+        *,
+        weight_cap: float = 0.0,
+        feedback: tuple[Feedback, int] | None = None,
     ) -> None:
         self.plan = plan
         self.digest = digest
@@ -129,7 +136,7 @@ class Butterfly:
         # Not a method: a cycle through the reducers would keep the vector's chunks until the
         # collector comes by, rounds later.
         self._compute = functools.partial(_compute, executor)
-        self._store = ChunkStore(self._codec, plan.numel, plan.chunk_elements)
+        self._store = ChunkStore(codec(self._codec.average), plan.numel, plan.chunk_elements)
         self._chunks: list[Chunk | None] = [None] * plan.chunks
         if base is not None and base.digest == plan.base and _alike(base.plan, plan):
             # Only what the plan keeps: whatever else has arrived will be averaged once more.
@@ -143,6 +150,7 @@ class Butterfly:
         self._parts: list[tuple[str, asyncio.Task[None]]] = []
         self._served: set[tuple[str, int]] = set()
         self._sent = {c.peer_id: sent_by(plan, c.peer_id) for c in plan.contributions}
+        add_residual, keep_residual = _residuals(plan, feedback)
         self._reducers = {
             number: Reducer(
                 plan,
@@ -150,6 +158,9 @@ class Butterfly:
                 {peer: within(runs, piece) for peer, runs in self._sent.items()},
                 self._store,
                 self._compute,
+                weights=weights(plan, weight_cap),
+                add_residual=add_residual,
+                keep_residual=keep_residual,
             )
             for number, piece in enumerate(plan.slices)
             if piece.reducer == me
@@ -249,7 +260,8 @@ class Butterfly:
                     header, payload = unpack_frame(frame)
                     if done == len(expected) or header.chunk != expected[done]:
                         raise ProtocolViolation(sender, "sent a chunk that the plan does not have")
-                    if len(payload) != len(self._store.room(header.chunk)):
+                    elements = self._store.elements(header.chunk)
+                    if len(payload) != self._codec.encoded_bytes(elements):
                         raise ProtocolViolation(sender, "sent a chunk of another length")
                     arrived = loop.time()
                     await reducer.put(sender, payload)
@@ -311,7 +323,7 @@ class Butterfly:
             late = True
         chunks = [chunk for chunk in self._chunks if chunk is not None]
         if len(chunks) == len(self._chunks):
-            return Average(self.plan.codec, chunks, checked=True)
+            return Average(self._codec.average, chunks, checked=True)
         lost = set(self._failures)
         if late:
             lost |= {
@@ -428,7 +440,7 @@ class Butterfly:
         chunks = [chunk for chunk in self._chunks if chunk is not None]
         if len(chunks) < len(self._chunks):
             return None
-        return Average(self.plan.codec, chunks, checked=True)
+        return Average(self._codec.average, chunks, checked=True)
 
     async def _collect(self, run: Run, holders: tuple[str, ...], plan: bytes) -> None:
         """Fetch what only others got by a plan, a part of it from each of them."""
@@ -478,6 +490,24 @@ class Butterfly:
 
 def _compute(executor: Executor, work: Callable[..., T], *args: object) -> asyncio.Future[T]:
     return asyncio.get_running_loop().run_in_executor(executor, work, *args)
+
+
+def _residuals(
+    plan: Plan, feedback: tuple[Feedback, int] | None
+) -> tuple[Callable[[int, Tensor], None] | None, Callable[[Chunk, Tensor], None] | None]:
+    """The two ends of error feedback for the chunks of a plan. Holds on to no butterfly."""
+    if feedback is None:
+        return None, None
+    residuals, fragment = feedback
+    length = plan.chunk_elements
+
+    def add(index: int, mean_E: Tensor) -> None:
+        residuals.add(fragment, index * length, mean_E)
+
+    def keep(chunk: Chunk, residual_E: Tensor) -> None:
+        residuals.keep(fragment, chunk.index * length, chunk, residual_E.clone())
+
+    return add, keep
 
 
 def _alike(base: Plan, plan: Plan) -> bool:

@@ -567,7 +567,7 @@ class CatchUp:
         """
         behind = claim.outcome.round - self._place.head.round
         elements = self._shape.averaged(claim.outcome.round)  # all fragments have nearly as many
-        average_bytes = codec(self._round.codec).encoded_bytes(elements)
+        average_bytes = codec(codec(self._round.codec).average).encoded_bytes(elements)
         return behind <= MIN_KEPT_AVERAGES or behind * average_bytes <= 4 * self._shape.elements
 
     async def _replay(self, contact: Contact) -> bool:

@@ -47,6 +47,11 @@ class RoundConfig:
     suspect_s: float = 5.0
     provisional_s: float = 10.0
 
+    @property
+    def effective_weight_cap(self) -> float:
+        """The cap as it applies: a gradient is the mean over samples, without one."""
+        return self.weight_cap if self.mode == "diloco" else 0.0
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:

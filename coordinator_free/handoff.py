@@ -71,6 +71,7 @@ class RoundResult:
         bytes_sent: by this peer since the round before, of any kind.
         bytes_received: the same, the other way.
         allreduce_s: seconds from the plan to the complete average; 0 if it was fetched instead.
+        commit_s: seconds from the plan to the commit; 0 likewise.
         round_s: seconds since the round before.
     """
 
@@ -83,6 +84,7 @@ class RoundResult:
     bytes_sent: int
     bytes_received: int
     allreduce_s: float
+    commit_s: float
     round_s: float
 
     @property

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -33,37 +33,12 @@ from coordinator_free.codecs import codec
 from coordinator_free.config import RoundConfig
 from coordinator_free.handoff import Assignment, RoundResult
 from coordinator_free.memory import empty_vector
+from coordinator_free.pace import LocalConfig, Pace
 from coordinator_free.state import State
 from dht.errors import ConfigError, RoundError
 
 KEPT = 0.5  # of the work that missed its round
 SEGMENT = 1 << 20  # elements whose encoding is worked out at once
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LocalConfig:
-    """What a peer does between two averagings; the same for all peers of a run.
-
-    Attributes:
-        local_steps: H, steps between two averagings of the same parameter: a round has H divided by
-            the number of fragments.
-        work_s: a round's work ends after so many seconds, whatever was done; 0: by steps alone.
-        delay_steps: so many steps are trained on while an exchange runs; 0 waits for it.
-        mixing: how much of what was trained meanwhile is kept in the parameters, in [0, 1].
-        feedback: whether what a codec cuts off is made up for in the next round; "auto" does so
-            for codecs that need it.
-    """
-
-    local_steps: int = 30
-    work_s: float = 0.0
-    delay_steps: int = 0
-    mixing: float = 0.5
-    feedback: Literal["auto", "on", "off"] = "auto"
-
-    def steps(self, round: int, fragments: int) -> int:
-        """How many steps this round has."""
-        part = round % fragments
-        return self.local_steps * (part + 1) // fragments - self.local_steps * part // fragments
 
 
 def feeds_back(local: LocalConfig, codec_name: str) -> bool:
@@ -84,6 +59,8 @@ def check(round: RoundConfig, local: LocalConfig) -> None:
         )
     if not 0 <= local.mixing <= 1:
         raise ConfigError(f"mixing = {local.mixing}: use 0 to 1")
+    if not 0 < local.communication < 1:
+        raise ConfigError(f"communication = {local.communication}: use a share, such as 0.05")
     if round.mode == "gradient":
         if round.target_batch < 1:
             raise ConfigError(
@@ -97,6 +74,8 @@ def check(round: RoundConfig, local: LocalConfig) -> None:
         return
     if round.target_batch:
         raise ConfigError('target_batch is for mode = "gradient": leave it out')
+    if not local.local_steps:
+        return
     if local.local_steps < round.fragments:
         raise ConfigError(
             f"local_steps = {local.local_steps} is less than fragments = {round.fragments}: every "
@@ -215,8 +194,9 @@ class LocalLoop:
         self._references: list[Tensor] = []  # by fragment
         self._residuals: list[Tensor | None] = []
         self._handed_in: _HandedIn | None = None
+        self._pace = Pace(local, round.fragments)
         self._steps = self._samples = 0
-        self._began = 0.0
+        self._began = self._stepped_at = 0.0
 
     def begin(self) -> Assignment | None:
         """Wait for the state and the first round's work; None if there will be none."""
@@ -239,8 +219,12 @@ class LocalLoop:
     @property
     def due_steps(self) -> int:
         """How many this round has; in gradient mode it ends by samples."""
-        assert self._work is not None
-        return self._local.steps(self.round, len(self._work.state.shape.bounds))
+        return self._pace.steps(self.round)
+
+    @property
+    def pace(self) -> str:
+        """Why so many: one line for people."""
+        return self._pace.reason
 
     def stepped(self, samples: int) -> Turn | None:
         """After every step: hand in what is due, take up what is there.
@@ -257,19 +241,27 @@ class LocalLoop:
         assert self._work is not None, "begin comes before stepped"
         self._steps += 1
         self._samples += samples
+        now = time.monotonic()
+        self._pace.stepped(now - self._stepped_at)
+        self._stepped_at = now
         if self._round.mode == "gradient":
             self._swarm.progress(self._samples)
         due = self._due()
         turn = None
-        if self._handed_in is not None and (due or self._steps >= self._local.delay_steps):
+        if self._handed_in is not None and (due or self._steps >= self._delay):
             turn = self._take_up()
             if turn.work is None or turn.restarted:
                 return turn
         if due:
             self._hand_in()
-            if not self._local.delay_steps:
+            if not self._delay:
                 return self._take_up()
         return turn
+
+    @property
+    def _delay(self) -> int:
+        """Steps into the round that is worked for, after which the one before is taken up."""
+        return self._pace.delay(self.round)
 
     # -- inside -------------------------------------------------------------------------------
 
@@ -292,7 +284,7 @@ class LocalLoop:
         else:
             read_E = self._parameters.read(empty_vector(stop - start), start=start, stop=stop)
             local_E = read_E if self._local.delay_steps else None
-            update_E = empty_vector(stop - start) if self._local.delay_steps else read_E
+            update_E = empty_vector(stop - start) if local_E is not None else read_E
             torch.sub(self._references[number], read_E, out=update_E)
         residual_E = self._residuals[number]
         if residual_E is not None:
@@ -318,11 +310,13 @@ class LocalLoop:
                 result=None, work=work, steps=handed_in.steps, wait_s=wait_s, restarted=True
             )
         work = self._swarm.next_assignment()
-        wait_s = time.monotonic() - began
+        self._stepped_at = time.monotonic()
+        wait_s = self._stepped_at - began
+        self._pace.exchanged(result.commit_s)
         state = work.state if work is not None else self._swarm.state
         self._settle(handed_in, result, state)
         self._work = work
-        if self._local.delay_steps == 0:
+        if handed_in.local_E is None:
             self._began = time.monotonic()
         return Turn(result=result, work=work, steps=handed_in.steps, wait_s=wait_s)
 
@@ -333,7 +327,7 @@ class LocalLoop:
         self._residuals = [None] * len(self._references)
         self._parameters.write(work.state.theta_N, start=0, stop=work.state.shape.numel)
         self._steps = self._samples = 0
-        self._began = time.monotonic()
+        self._began = self._stepped_at = time.monotonic()
 
     def _settle(self, handed_in: _HandedIn, result: RoundResult, state: State) -> None:
         before, self._state = self._state, state

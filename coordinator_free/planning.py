@@ -7,6 +7,7 @@ Pure arithmetic between the leader, which knows who is ready and what they say o
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -203,6 +204,18 @@ def sent_by(plan: Plan, peer_id: str) -> tuple[Run, ...]:
             fraction = 1 - contribution.omitted / WHOLE
             return sent(plan.chunks, fraction, plan.round + seat)
     return ()
+
+
+def weights(plan: Plan, cap: float) -> dict[str, float]:
+    """What everybody's contribution to a plan counts for, in samples.
+
+    Args:
+        plan: of an exchange.
+        cap: nobody counts for more than so many times the median contributor; 0: no cap.
+    """
+    samples = sorted(c.samples for c in plan.contributions)
+    limit = cap * samples[(len(samples) - 1) // 2] if cap else math.inf
+    return {c.peer_id: min(float(c.samples), limit) for c in plan.contributions}
 
 
 def deliveries(

@@ -15,6 +15,8 @@ import logging
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 
+from torch import Tensor
+
 from coordinator_free import failpoints
 from coordinator_free.average import Chunk, ChunkStore, contributor_bits
 from coordinator_free.codecs import codec
@@ -41,6 +43,9 @@ class Reducer:
         sent: by contributor, which of them it sends.
         store: where reduced chunks go.
         compute: runs what takes longer than a moment.
+        weights: by contributor, what it counts for.
+        add_residual: adds what was cut off earlier to a chunk's mean, in place; None for nothing.
+        keep_residual: gets what was cut off of a chunk now, in memory that is used again.
     """
 
     def __init__(
@@ -50,6 +55,10 @@ class Reducer:
         sent: Mapping[str, Collection[int]],
         store: ChunkStore,
         compute: Callable[..., asyncio.Future[None]],
+        *,
+        weights: Mapping[str, float],
+        add_residual: Callable[[int, Tensor], None] | None = None,
+        keep_residual: Callable[[Chunk, Tensor], None] | None = None,
     ) -> None:
         self.piece = piece
         self._plan = plan
@@ -57,6 +66,9 @@ class Reducer:
         self._store = store
         self._compute = compute
         self._codec = codec(plan.codec)
+        self._weights = weights
+        self._add_residual = add_residual
+        self._keep_residual = keep_residual
         self._sum_E = empty_vector(store.elements(piece.start))
         self._frames: OrderedDict[int, bytes] = OrderedDict()
         window = max(WINDOW, WINDOW_BYTES // len(store.room(piece.start)))
@@ -151,7 +163,7 @@ class Reducer:
     def _reduce(
         self, index: int, payloads: dict[str, bytes | memoryview], out: list[Chunk]
     ) -> None:
-        """Weighted mean in the plan's order, each weight rounded to float32 once.
+        """Weighted mean in the plan's order, each weight rounded to float32 once, and encoded.
 
         Args:
             index: of the chunk.
@@ -166,14 +178,20 @@ class Reducer:
         else:
             return
         elements, room = self._store.elements(index), self._store.room(index)
-        self._codec.encode(self._sum_E[:elements], room)
+        mean_E, encoding = self._sum_E[:elements], codec(self._codec.average)
+        if self._add_residual is not None:
+            self._add_residual(index, mean_E)
+        encoding.encode(mean_E, room)
         chunk = Chunk(index, elements, contributor_bits(self._plan, set(payloads)), room)
         chunk.digest  # noqa: B018  here and not in the event loop
+        if self._keep_residual is not None:
+            encoding.decode_add(room, elements, -1.0, mean_E)
+            self._keep_residual(chunk, mean_E)
         out.append(chunk)
 
     def _add_up(self, index: int, payloads: dict[str, bytes | memoryview]) -> str | None:
         """Whose payload is broken, or None, and then the sum is in place."""
-        total = sum(c.samples for c in self._plan.contributions if c.peer_id in payloads)
+        total = sum(self._weights[peer] for peer in payloads)
         elements = self._store.elements(index)
         sum_E = self._sum_E[:elements]
         first = True
@@ -181,7 +199,7 @@ class Reducer:
             payload = payloads.get(contribution.peer_id)
             if payload is None:
                 continue
-            weight = contribution.samples / total
+            weight = self._weights[contribution.peer_id] / total
             try:
                 if first:
                     self._codec.decode(payload, elements, sum_E, weight)

@@ -47,6 +47,7 @@ from coordinator_free.config import Layout, RoundConfig
 from coordinator_free.contact import Contact
 from coordinator_free.donor import Donor
 from coordinator_free.exchanges import Exchanges
+from coordinator_free.feedback import Feedback
 from coordinator_free.handoff import Assignment, Handoff, RoundResult, SessionClosed
 from coordinator_free.limits import Limits
 from coordinator_free.links import Links
@@ -224,6 +225,7 @@ class Session:
         self._replica: Replica | None = None
         self._donor: Donor | None = None
         self._exchanges = Exchanges()
+        self._feedback = Feedback()
         self._exchange_task: asyncio.Task[None] | None = None
         self._fetch_task: asyncio.Task[None] | None = None
         self._failed_fetches = 0
@@ -234,7 +236,7 @@ class Session:
         self._head_since = 0.0
         self._traffic_before = (0, 0)
         self._round_began = 0.0
-        self._exchanged: dict[bytes, float] = {}  # vector root: seconds that its exchange took
+        self._exchanged: dict[bytes, tuple[float, float]] = {}  # vector root: from when till when
         self._keeper: Keeper | None = None
 
     # -- the training thread's side -----------------------------------------------------------
@@ -553,6 +555,10 @@ class Session:
             _Lines(self._client, self._protocol.membership, plan),
             self._executor,
             self._exchanges.get(plan.base),
+            weight_cap=self.config.round.effective_weight_cap,
+            feedback=(self._feedback, self._shape.fragment(plan.round))
+            if self.config.feedback
+            else None,
         )
         self._exchanges.add(butterfly)
         self._exchange_task = self._tasks.create_task(self._exchange(butterfly))
@@ -580,7 +586,7 @@ class Session:
             logger.warning("session.exchange_failed %s lost=%s", error, ",".join(error.lost))
             self._do(self._protocol.exchange_failed(digest, error.lost, error.held, self._now()))
             return
-        self._exchanged = {average.root: self._now() - began}
+        self._exchanged = {average.root: (began, self._now())}
         try:
             root = await self._compute(self._held.consider, average)
         except ValueError as error:
@@ -649,9 +655,13 @@ class Session:
         )
         if outcome.kind != Kind.AVERAGE:
             return
+        average = self._held.average(outcome.vector_root)
+        if average is not None:
+            self._feedback.commit(self._shape.fragment(outcome.round - 1), average)
         sent, received = self._traffic()
         before_sent, before_received = self._traffic_before
         peers = {c.peer_id: c.samples for c in outcome.contributions}
+        began, ended = self._exchanged.get(outcome.vector_root, (now, now))
         self._handoff.resolve(
             RoundResult(
                 round=outcome.round - 1,
@@ -662,7 +672,8 @@ class Session:
                 total_samples=sum(peers.values()),
                 bytes_sent=sent - before_sent,
                 bytes_received=received - before_received,
-                allreduce_s=self._exchanged.get(outcome.vector_root, 0.0),
+                allreduce_s=ended - began,
+                commit_s=now - began,
                 round_s=now - self._round_began,
             )
         )
@@ -780,6 +791,7 @@ class Session:
         self._held.install(state, chain)
         self._note()
         self._handoff.restart()
+        self._feedback.clear()
         self._head_since = self._round_began = self._now()
         self._failed_fetches = 0
         self._do(self._protocol.install(newest, self._now()))

@@ -39,10 +39,11 @@ from torch import Tensor, nn
 from coordinator_free.config import RoundConfig
 from coordinator_free.gradient import GradientConfig, GradientOptimizer, TensorSpec
 from coordinator_free.handoff import RoundResult, SessionClosed
-from coordinator_free.local import LocalConfig, LocalLoop, Turn, check, feeds_back
+from coordinator_free.local import LocalLoop, Turn, check, feeds_back
 from coordinator_free.memory import empty_vector
 from coordinator_free.network import Network, NetworkConfig
 from coordinator_free.outer import OuterConfig, OuterOptimizer
+from coordinator_free.pace import LocalConfig
 from coordinator_free.session import Session, SessionConfig
 from coordinator_free.state import State
 from dht.addresses import announced_hosts
@@ -258,8 +259,10 @@ class SwarmOptimizer:
                     "this model is not the run's: names or shapes of the parameters differ"
                 )
         recipe = self._recipe
-        initial_N = None if self._joins is not None else self._flat.read(
-            empty_vector(self._flat.numel), start=0, stop=self._flat.numel
+        initial_N = (
+            None
+            if self._joins is not None
+            else self._flat.read(empty_vector(self._flat.numel), start=0, stop=self._flat.numel)
         )
         self._session = network.begin(
             SessionConfig(

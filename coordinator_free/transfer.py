@@ -94,7 +94,7 @@ class Transfer:
         self._check = check
         # Who takes part sends and gets a vector in `exchange_s`: nobody needs longer for one.
         largest = max(lengths[0] for lengths in shape.lengths) if shape is not None else 0
-        average_bytes = codec(round.codec).encoded_bytes(largest)
+        average_bytes = codec(codec(round.codec).average).encoded_bytes(largest)
         self._average_bps = max(SLOWEST_BPS, average_bytes / round.exchange_s)
         self._average_s = IDLE_S + round.exchange_s
 

@@ -22,8 +22,8 @@ from coordinator_free.network import Network, NetworkConfig
 from coordinator_free.outer import OuterConfig, OuterOptimizer
 from coordinator_free.session import SessionConfig
 from coordinator_free.transport import probe_bind
-from dht.identity import Identity
 from dht.addresses import announced_hosts
+from dht.identity import Identity
 from peer.config import load
 from peer.control import ControlServer
 from peer.events import AssistedEvent, LeftEvent

@@ -516,9 +516,12 @@ def status(home: Path | None, json: bool) -> int:
     elif rows:
         from rich.console import Console
 
-        from peer.display import status_table
+        from peer.display import chosen_lines, status_table
 
-        Console().print(status_table(rows))
+        console = Console()
+        console.print(status_table(rows))
+        for line in chosen_lines(rows):
+            console.print(line, soft_wrap=True)
     if not rows:
         _note(f"no daemon is running in {_root(home)}")
         return 1

@@ -19,9 +19,10 @@ from typing import Any, Literal, TypeVar, get_type_hints
 
 from coordinator_free.codecs import codec
 from coordinator_free.config import RoundConfig
-from coordinator_free.local import LocalConfig, check
+from coordinator_free.local import check
 from coordinator_free.optimizer import StateOptimizer
 from coordinator_free.outer import OuterConfig, OuterOptimizer
+from coordinator_free.pace import LocalConfig
 from dht.errors import ConfigError
 from model.builders import ModelConfig
 from model.data import DataConfig
@@ -63,9 +64,10 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "round.fragments": (1, 4096),
     "round.target_batch": (0, 2**40),
     "round.weight_cap": (0, 1e9),
-    "round.local_steps": (1, 100_000),
+    "round.local_steps": (0, 100_000),
     "round.work_s": (0, 86_400),
     "round.delay_steps": (0, 100_000),
+    "round.communication": (0.001, 0.9),
     "round.mixing": (0, 1),
     "round.start_peers": (1, 10_000),
     "round.rounds": (0, 1e9),

@@ -142,6 +142,11 @@ def status_table(rows: Sequence[Status]) -> Table:
     return table
 
 
+def chosen_lines(rows: Sequence[Status]) -> list[Text]:
+    """What each peer chose by itself, below the table."""
+    return [Text(f"{short_peer(row.peer)} chose {row.chosen}") for row in rows if row.chosen]
+
+
 def screen(title: str, rows: Sequence[Status], losses: Sequence[float], foot: str) -> Group:
     """The whole live display.
 

@@ -4,6 +4,7 @@
     {"event": "done", ...}       the run came to its end for this peer
     {"event": "link", ...}       this peer can be joined now
     {"event": "joined", ...}     this peer is in the swarm
+    {"event": "chosen", ...}     what was left to this peer, and why so; once, after a round
     {"event": "left", ...}       stopped before the end, politely
     {"event": "progress", ...}   several a second, only for a supervising `shoal demo`
     {"event": "died", ...}       a demo's peer ended unasked; the others go on
@@ -96,6 +97,17 @@ class JoinedEvent:
     peer: str
     run: str
     round: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChosenEvent:
+    """What was left to this peer, each as "value: why". `local_steps` is null in gradient mode."""
+
+    event: ClassVar[str] = "chosen"
+    peer: str
+    precision: str
+    micro_batch: str
+    local_steps: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -206,6 +218,7 @@ Event = (
     | DoneEvent
     | LinkEvent
     | JoinedEvent
+    | ChosenEvent
     | LeftEvent
     | ProgressEvent
     | DiedEvent

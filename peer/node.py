@@ -39,6 +39,7 @@ from coordinator_free.network import (
 )
 from coordinator_free.session import Session, SessionConfig
 from coordinator_free.transport import probe_bind
+from dht.addresses import announced_hosts
 from dht.errors import ConfigError, SwarmError
 from dht.identity import Identity
 from dht.kademlia import KademliaDirectory
@@ -47,10 +48,9 @@ from dht.records import SignedRun
 from model.data import DataError
 from model.trainer import StepReport, Trainer, TrainingDiverged
 from peer import runfile
-from dht.addresses import announced_hosts
 from peer.config import RunConfig, load, localised, optimizer, published
 from peer.control import ControlServer
-from peer.events import DoneEvent, Event, JoinedEvent, LeftEvent, LinkEvent, RoundEvent
+from peer.events import ChosenEvent, DoneEvent, Event, JoinedEvent, LeftEvent, LinkEvent, RoundEvent
 from peer.homes import DaemonFile, Home
 from peer.link_file import remove_link_file, write_link_file
 from peer.memory import Memory
@@ -393,6 +393,10 @@ class Node:
         """Change the status."""
         self._update(**changes)
 
+    def tell_chosen(self, chosen: dict[str, str]) -> None:
+        """Say what was left to this peer, and how it chose."""
+        self._output.event(ChosenEvent(peer=self._identity.peer_id, **chosen))
+
     def round_done(self, turn: Turn, losses: list[float], val_loss: float | None) -> None:
         """A round of this peer's ended."""
         result = turn.result
@@ -500,6 +504,7 @@ class _Rounds:
         self._loop = loop
         self._work = work
         self._swarm_samples = 0  # of the last round, by everybody
+        self._told = False  # what was chosen
         self._losses: dict[int, list[float]] = {}
         self._val_losses: dict[int, float] = {}
 
@@ -511,6 +516,7 @@ class _Rounds:
             TrainingDiverged: see `Trainer.step`.
             DataError: see `Trainer.begin_round`.
         """
+        self._say_chosen(tell=False)
         self._evaluate()
         self._begin_work()
         while True:
@@ -567,8 +573,19 @@ class _Rounds:
         if turn.work is None:
             return False
         self._work = turn.work
+        self._say_chosen(tell=not self._told and result is not None)
         self._evaluate()
         return True
+
+    def _say_chosen(self, *, tell: bool) -> None:
+        """What this peer chose by itself, and why: always in the status, once in the output."""
+        chosen = dict(self._trainer.chosen)
+        if not self._gradient:
+            chosen["local_steps"] = self._loop.pace
+        self._node.update(chosen="; ".join(f"{name} {why}" for name, why in chosen.items()))
+        if tell:
+            self._told = True
+            self._node.tell_chosen(chosen)
 
     def _evaluate(self) -> None:
         """Once for every averaging of the whole model: what the swarm has, not what is trained."""

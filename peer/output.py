@@ -17,6 +17,7 @@ from rich.text import Text
 from peer import display
 from peer.events import (
     AssistedEvent,
+    ChosenEvent,
     DoneEvent,
     Event,
     JoinedEvent,
@@ -80,6 +81,8 @@ class PlainOutput:
                     f"{display.human_bytes(event.bytes_sent)} sent and "
                     f"{display.human_bytes(event.bytes_received)} received so far"
                 )
+            case ChosenEvent():
+                self._writer.line(choices(event))
             case DoneEvent() | LeftEvent():
                 self._writer.line(farewell(event))
             case _:
@@ -108,6 +111,8 @@ class LiveOutput:
                     self._losses.append(event.val_loss)
             case LinkEvent():
                 self._line(invitation(event))
+            case ChosenEvent():
+                self._line(choices(event))
             case DoneEvent():
                 self._losses.append(event.val_loss)
                 self._line(farewell(event))
@@ -138,6 +143,14 @@ class LiveOutput:
 def invitation(event: LinkEvent) -> str:
     """What to tell others, ready to be pasted into a shell."""
     return f"run {event.run} can be joined with\n\n    shoal join '{event.link}'\n"
+
+
+def choices(event: ChosenEvent) -> str:
+    """What was left to this peer, a line for each."""
+    lines = [f"precision {event.precision}", f"micro-batch {event.micro_batch}"]
+    if event.local_steps is not None:
+        lines.append(f"steps between two averagings {event.local_steps}")
+    return "\n".join(f"chosen: {line}" for line in lines)
 
 
 def farewell(event: DoneEvent | LeftEvent) -> str:

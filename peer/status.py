@@ -34,6 +34,7 @@ class Status:
         digest: of the swarm's state, hex.
         checkpoint: round of the newest state on this peer's disk; None for none.
         uptime_s: since the process took up work.
+        chosen: what was left to this peer (precision, micro-batch, steps of a round), and why.
         link: the join link as it is now; empty while there is none.
     """
 
@@ -56,6 +57,7 @@ class Status:
     digest: str = ""
     checkpoint: int | None = None
     uptime_s: float = 0.0
+    chosen: str = ""
     link: str = ""
 
     def to_dict(self) -> dict[str, Any]:

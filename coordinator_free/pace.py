@@ -1,0 +1,117 @@
+"""How many steps a round has, and how many of them hide the exchange: as configured, or by measure.
+
+Chosen by measure, a round is as short as the link allows, since few steps between two averagings
+learn more: with a delay, the exchange just fits into the round's steps; without one, it takes no
+more than its share of the time. Every peer chooses for itself. As all take part in the same
+exchanges, they choose about the same time, and the faster one more steps in it.
+
+No clock of its own: who steps says how long it took.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+LEAST_STEPS = 30  # between two averagings of a parameter: fewer learn little more (recipes, H = 10)
+MOST_STEPS = 500  # more learn much less, whatever the link
+SMOOTHING = 0.3  # weight of the newest measurement
+MARGIN = 1.25  # exchanges vary
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LocalConfig:
+    """What a peer does between two averagings; the same for all peers of a run.
+
+    Attributes:
+        local_steps: H, steps between two averagings of the same parameter: a round has H divided by
+            the number of fragments. 0: each peer chooses by what steps and exchanges take.
+        communication: with `local_steps` 0, the share of the time that may be spent waiting.
+        work_s: a round's work ends after so many seconds, whatever was done; 0: by steps alone.
+        delay_steps: so many steps are trained on while an exchange runs; 0 waits for it. Where
+            `local_steps` is 0, any other number leaves the choice to the peer.
+        mixing: how much of what was trained meanwhile is kept in the parameters, in [0, 1].
+        feedback: whether what a codec cuts off is made up for in the next round; "auto" does so
+            for codecs that need it.
+    """
+
+    local_steps: int = 30
+    communication: float = 0.05
+    work_s: float = 0.0
+    delay_steps: int = 0
+    mixing: float = 0.5
+    feedback: Literal["auto", "on", "off"] = "auto"
+
+
+class Pace:
+    """What one peer measures, and what follows.
+
+    Args:
+        config: of the run.
+        fragments: of the run.
+    """
+
+    def __init__(self, config: LocalConfig, fragments: int) -> None:
+        self._config = config
+        self._fragments = fragments
+        self._step_s = 0.0  # 0: not measured yet
+        self._exchange_s = 0.0
+
+    def stepped(self, seconds: float) -> None:
+        """A step took so long."""
+        self._step_s = _smoothed(self._step_s, seconds)
+
+    def exchanged(self, seconds: float) -> None:
+        """An exchange took so long."""
+        if seconds > 0:
+            self._exchange_s = _smoothed(self._exchange_s, seconds)
+
+    def steps(self, round: int) -> int:
+        """How many steps this round has."""
+        part, fragments = round % self._fragments, self._fragments
+        whole = self._config.local_steps or self._chosen
+        return max(1, whole * (part + 1) // fragments - whole * part // fragments)
+
+    def delay(self, round: int) -> int:
+        """How many of the steps of this round are taken before the exchange must have ended."""
+        if self._config.local_steps or not self._config.delay_steps:
+            return self._config.delay_steps
+        return max(1, min(self.steps(round), self._hiding or self._config.delay_steps))
+
+    @property
+    def reason(self) -> str:
+        """One line for people: what was chosen, and why."""
+        whole = self._config.local_steps
+        if whole:
+            return f"{whole}: as configured"
+        if not (self._step_s and self._exchange_s):
+            return f"{self._chosen}: nothing is measured yet"
+        chosen = self._chosen
+        steps = max(1, chosen // self._fragments)
+        hidden_s = self.delay(0) * self._step_s if self._config.delay_steps else 0.0
+        wait_s = max(0.0, self._exchange_s - hidden_s)
+        share = wait_s / (steps * self._step_s + wait_s)
+        return (
+            f"{chosen}: a step takes {self._step_s:.2g} s and an exchange {self._exchange_s:.2g} s,"
+            f" so {share:.1%} of the time is spent waiting"
+        )
+
+    @property
+    def _hiding(self) -> int:
+        """Steps that take as long as an exchange; 0 while that is unknown."""
+        if not (self._step_s and self._exchange_s):
+            return 0
+        return math.ceil(MARGIN * self._exchange_s / self._step_s)
+
+    @property
+    def _chosen(self) -> int:
+        """H by measure."""
+        a_round = self._hiding
+        if not self._config.delay_steps:
+            a_round = math.ceil(a_round * (1 / self._config.communication - 1))
+        return max(LEAST_STEPS, min(MOST_STEPS, a_round * self._fragments))
+
+
+def _smoothed(before: float, now: float) -> float:
+    return now if not before else before + SMOOTHING * (now - before)
