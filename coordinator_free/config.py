@@ -16,7 +16,8 @@ class RoundConfig:
     Attributes:
         mode: what is averaged: "diloco", the change of the parameters over some local steps, or
             "gradient", the gradient of one common batch.
-        fragments: the parameters are averaged in so many parts, one a round, in turn.
+        fragments: with "diloco", the parameters are averaged in so many parts, one a round, in
+            turn.
         target_batch: in gradient mode, samples of all peers together that make a round.
         weight_cap: with "diloco", nobody's samples count for more than so many times the median; 0
             for no cap.
@@ -46,6 +47,11 @@ class RoundConfig:
     exchange_s: float = 60.0
     suspect_s: float = 5.0
     provisional_s: float = 10.0
+
+    @property
+    def parts(self) -> int:
+        """Into how many fragments the state is cut: a step needs the gradient of all of it."""
+        return self.fragments if self.mode == "diloco" else 1
 
     @property
     def effective_weight_cap(self) -> float:

@@ -34,59 +34,12 @@ from coordinator_free.config import RoundConfig
 from coordinator_free.handoff import Assignment, RoundResult
 from coordinator_free.memory import empty_vector
 from coordinator_free.pace import LocalConfig, Pace
+from coordinator_free.recipe import check, feeds_back
 from coordinator_free.state import State
-from dht.errors import ConfigError, RoundError
+from dht.errors import RoundError
 
 KEPT = 0.5  # of the work that missed its round
 SEGMENT = 1 << 20  # elements whose encoding is worked out at once
-
-
-def feeds_back(local: LocalConfig, codec_name: str) -> bool:
-    """Whether residuals are kept, on both sides."""
-    return local.feedback == "on" or (local.feedback == "auto" and codec(codec_name).needs_feedback)
-
-
-def check(round: RoundConfig, local: LocalConfig) -> None:
-    """Refuse what cannot work together.
-
-    Raises:
-        ConfigError: one line, what is wrong and how to mend it.
-    """
-    if codec(round.codec).needs_feedback and local.feedback == "off":
-        raise ConfigError(
-            f'codec = "{round.codec}" needs what it cuts off fed back: leave feedback = "auto", or '
-            'use "int4"'
-        )
-    if not 0 <= local.mixing <= 1:
-        raise ConfigError(f"mixing = {local.mixing}: use 0 to 1")
-    if not 0 < local.communication < 1:
-        raise ConfigError(f"communication = {local.communication}: use a share, such as 0.05")
-    if round.mode == "gradient":
-        if round.target_batch < 1:
-            raise ConfigError(
-                'mode = "gradient" needs a target_batch: the samples of all peers in one step'
-            )
-        if round.fragments != 1 or local.delay_steps:
-            raise ConfigError(
-                'mode = "gradient" takes whole steps that wait for each other: set fragments = 1 '
-                "and delay_steps = 0"
-            )
-        return
-    if round.target_batch:
-        raise ConfigError('target_batch is for mode = "gradient": leave it out')
-    if not local.local_steps:
-        return
-    if local.local_steps < round.fragments:
-        raise ConfigError(
-            f"local_steps = {local.local_steps} is less than fragments = {round.fragments}: every "
-            "fragment's round needs a step"
-        )
-    shortest = local.local_steps // round.fragments
-    if local.delay_steps > shortest:
-        raise ConfigError(
-            f"delay_steps = {local.delay_steps} is more than the {shortest} steps of a round "
-            f"(local_steps / fragments): use {shortest} at most"
-        )
 
 
 class Parameters(Protocol):
@@ -194,7 +147,7 @@ class LocalLoop:
         self._references: list[Tensor] = []  # by fragment
         self._residuals: list[Tensor | None] = []
         self._handed_in: _HandedIn | None = None
-        self._pace = Pace(local, round.fragments)
+        self._pace = Pace(local, round.parts)
         self._steps = self._samples = 0
         self._began = self._stepped_at = 0.0
 
@@ -261,7 +214,7 @@ class LocalLoop:
     @property
     def _delay(self) -> int:
         """Steps into the round that is worked for, after which the one before is taken up."""
-        return self._pace.delay(self.round)
+        return self._pace.delay(self.round) if self._round.mode == "diloco" else 0
 
     # -- inside -------------------------------------------------------------------------------
 

@@ -184,9 +184,7 @@ class Session:
         )
         self._links = Links(self._traffic)
         self._executor = ThreadPoolExecutor(config.workers, "shoal-compute")
-        self._shape = Shape.of(
-            config.layout, config.numel, config.round.fragments, config.optimizer
-        )
+        self._shape = Shape.of(config.layout, config.numel, config.round.parts, config.optimizer)
         self._transfer = Transfer(
             client=self._client,
             run_id=config.run_id,

@@ -39,11 +39,12 @@ from torch import Tensor, nn
 from coordinator_free.config import RoundConfig
 from coordinator_free.gradient import GradientConfig, GradientOptimizer, TensorSpec
 from coordinator_free.handoff import RoundResult, SessionClosed
-from coordinator_free.local import LocalLoop, Turn, check, feeds_back
+from coordinator_free.local import LocalLoop, Turn
 from coordinator_free.memory import empty_vector
 from coordinator_free.network import Network, NetworkConfig
 from coordinator_free.outer import OuterConfig, OuterOptimizer
 from coordinator_free.pace import LocalConfig
+from coordinator_free.recipe import LOCAL, ROUND, check, feeds_back
 from coordinator_free.session import Session, SessionConfig
 from coordinator_free.state import State
 from dht.addresses import announced_hosts
@@ -74,8 +75,8 @@ class Recipe:
     """
 
     name: str = "library run"
-    round: RoundConfig = field(default_factory=RoundConfig)
-    local: LocalConfig = field(default_factory=LocalConfig)
+    round: RoundConfig = ROUND
+    local: LocalConfig = LOCAL
     outer: OuterConfig = field(default_factory=OuterConfig)
     gradient: GradientConfig = field(default_factory=GradientConfig)
 

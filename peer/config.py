@@ -19,10 +19,10 @@ from typing import Any, Literal, TypeVar, get_type_hints
 
 from coordinator_free.codecs import codec
 from coordinator_free.config import RoundConfig
-from coordinator_free.local import check
 from coordinator_free.optimizer import StateOptimizer
 from coordinator_free.outer import OuterConfig, OuterOptimizer
 from coordinator_free.pace import LocalConfig
+from coordinator_free.recipe import LOCAL, ROUND, check
 from dht.errors import ConfigError
 from model.builders import ModelConfig
 from model.data import DataConfig
@@ -95,9 +95,9 @@ class RunConfig:
     """
 
     name: str = "stdlib-gpt"
-    local: LocalConfig = field(default_factory=LocalConfig)
+    local: LocalConfig = LOCAL
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    round: RoundConfig = field(default_factory=RoundConfig)
+    round: RoundConfig = ROUND
     outer: OuterConfig = field(default_factory=OuterConfig)
 
 
@@ -126,8 +126,8 @@ def load(text: str, source: str) -> RunConfig:
         raise ConfigError(f"{source}: name = {_shown(name)}: use 1 to 64 printable characters")
     locals_, common = _fields(LocalConfig), _fields(RoundConfig)
     rounds = _values({**locals_, **common}, tables["round"], "round", source)
-    local = _make(LocalConfig, {n: v for n, v in rounds.items() if n in locals_}, "round", source)
-    round_ = _make(RoundConfig, {n: v for n, v in rounds.items() if n in common}, "round", source)
+    local = dataclasses.replace(LOCAL, **{n: v for n, v in rounds.items() if n in locals_})
+    round_ = dataclasses.replace(ROUND, **{n: v for n, v in rounds.items() if n in common})
     try:
         codec(round_.codec)
     except ConfigError as error:

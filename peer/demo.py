@@ -236,6 +236,8 @@ class Demo:
         tables["seed"] = config.seed or 0
         # All peers share this machine: a quarter of the default work keeps rounds at seconds.
         tables["model"] |= {"layers": 2, "context": 64}
+        # Whole rounds, one as the other: what can be seen to happen in a few of them.
+        tables["round"] |= {"local_steps": 30, "fragments": 1, "delay_steps": 0, "codec": "int4"}
         tables["round"]["start_peers"] = config.peers
         fixed = not config.minutes and not config.chaos
         tables["round"]["rounds"] = config.rounds if fixed else 0

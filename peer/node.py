@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from coordinator_free.handoff import SessionClosed
-from coordinator_free.local import LocalLoop, Turn, feeds_back
+from coordinator_free.local import LocalLoop, Turn
 from coordinator_free.network import (
     MakeSession,
     Network,
@@ -37,6 +37,7 @@ from coordinator_free.network import (
     OpenDirectory,
     SwarmSession,
 )
+from coordinator_free.recipe import feeds_back
 from coordinator_free.session import Session, SessionConfig
 from coordinator_free.transport import probe_bind
 from dht.addresses import announced_hosts
@@ -499,7 +500,7 @@ class _Rounds:
     ) -> None:
         self._node = node
         self._gradient = config.round.mode == "gradient"
-        self._fragments = config.round.fragments
+        self._fragments = config.round.parts
         self._trainer = trainer
         self._loop = loop
         self._work = work
