@@ -223,12 +223,21 @@ class SwarmOptimizer:
 
     # -- its life -----------------------------------------------------------------------------
 
-    def __enter__(self) -> SwarmOptimizer:
+    def enter(self) -> None:
+        """Create the run or join it; the parameters become those of the swarm.
+
+        Raises:
+            ConfigError: one line: the link leads nowhere, or the run is another model's.
+            SwarmError: the run's state cannot be had.
+        """
         try:
             self._start()
         except BaseException:
             self.close()
             raise
+
+    def __enter__(self) -> SwarmOptimizer:
+        self.enter()
         return self
 
     def __exit__(

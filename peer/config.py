@@ -112,6 +112,11 @@ def load(text: str, source: str) -> RunConfig:
         ConfigError: one line: file, field, value, remedy.
     """
     default = RunConfig()
+    if text.lstrip().startswith("{"):
+        raise ConfigError(
+            f"{source} is of a program that uses SwarmOptimizer, not of 'shoal create': start that "
+            "program with this link"
+        )
     top = runfile.parse(text, source)
     tables = {}
     for name in _TABLES:

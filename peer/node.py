@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 import select
 import signal
@@ -281,6 +282,7 @@ class Node:
             return
         config, trainer, run = begun
         logger.info("node.model %s", trainer.describe())
+        _check_deadline(config, trainer)
         session_config = SessionConfig(
             run_id=run.run_id,
             creator=run.creator,
@@ -611,6 +613,29 @@ def _workers(device: torch.device, threads: int) -> int:
 def _beside(run_file: Path, data: str) -> str:
     """A relative path in a run file is relative to the run file, not to the working directory."""
     return str(run_file.parent / data) if data else ""
+
+
+def _check_deadline(config: RunConfig, trainer: Trainer) -> None:
+    """Refuse a run whose rounds end before this machine has taken a step.
+
+    Raises:
+        ConfigError: it is too slow for the run, or the run too hasty.
+    """
+    work_s = config.local.work_s
+    if not work_s or config.round.mode == "gradient":
+        return
+    trainer.begin_round(0, 0, 1)
+    step_s = math.inf
+    for _ in range(2):  # the first one pays for what is made only once
+        began, samples = time.monotonic(), 0
+        while samples < config.trainer.batch_size:
+            samples += trainer.accumulate().samples
+        step_s = min(step_s, time.monotonic() - began)
+    if step_s > work_s:
+        raise ConfigError(
+            f"[round] work_s = {work_s:g} is shorter than one step, which takes {step_s:.2g} s on "
+            "this machine: a run for it needs a longer work_s or a smaller batch_size"
+        )
 
 
 def _trainer(config: RunConfig) -> Trainer:

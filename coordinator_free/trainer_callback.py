@@ -1,0 +1,85 @@
+"""A `transformers.Trainer` that trains with a swarm: one callback more.
+
+    trainer = Trainer(model, arguments, train_dataset=data, callbacks=[SwarmCallback()])
+    trainer.train()
+
+Every optimizer step of the Trainer is a local step; its samples are those of all devices and
+accumulated batches of this process group. The state of the swarm replaces the model's parameters
+when training begins, and the model ends with that of the last round. Only process 0 of a
+distributed Trainer may speak for it, which is not built here: use one process, or the daemon.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from coordinator_free.swarm import Step, SwarmOptimizer
+from dht.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+class SwarmCallback(TrainerCallback):
+    """Joins a swarm, or creates one, for as long as the Trainer trains.
+
+    Args:
+        options: of `SwarmOptimizer`, without parameters, optimizer and batch size, which the
+            Trainer has: `link`, `recipe`, `home`, ...
+
+    Attributes:
+        swarm: while training; its `link` is what others need.
+        last: what the last step did.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self._options = options
+        self.swarm: SwarmOptimizer | None = None
+        self.last: Step | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Enter the swarm, whose parameters the model has from here on."""
+        if args.world_size > 1:
+            raise ConfigError("a Trainer of several processes cannot be one peer: use one process")
+        optimizer = kwargs["optimizer"]
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        batch_size = args.train_batch_size * args.gradient_accumulation_steps
+        self.swarm = SwarmOptimizer(
+            kwargs["model"], optimizer, batch_size=batch_size, **self._options
+        )
+        self.swarm.enter()
+        logger.info("swarm.entered link=%s", self.swarm.link)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Hand in and take up what is due."""
+        assert self.swarm is not None
+        self.last = self.swarm.stepped()
+        if self.last.over:
+            control.should_training_stop = True
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Leave."""
+        if self.swarm is not None:
+            self.swarm.close()
