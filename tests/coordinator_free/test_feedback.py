@@ -77,12 +77,12 @@ def test_means_over_rounds_approach_the_truth() -> None:
     for number in range(1, 201):
         sum_E = truth_E.clone()
         feedback.add(0, 0, sum_E)
-        payload = codec("int2").encode(sum_E)
+        payload = codec("int4").encode(sum_E)
         one = Chunk(0, ELEMENTS, b"\x01", payload)
-        sent_E += codec("int2").decode(payload, ELEMENTS)
-        codec("int2").decode_add(payload, ELEMENTS, -1.0, sum_E)
+        sent_E += codec("int4").decode(payload, ELEMENTS)
+        codec("int4").decode_add(payload, ELEMENTS, -1.0, sum_E)
         feedback.keep(0, 0, one, sum_E)
-        feedback.commit(0, Average("int2", [one]))
+        feedback.commit(0, Average("int4", [one]))
         errors[number] = float((sent_E / number - truth_E).norm() / truth_E.norm())
     assert errors[50] < errors[1] / 3
     assert errors[200] < errors[50] / 3  # it falls with the number of rounds
