@@ -52,7 +52,7 @@ INT1_LARGEST_SCALE: Final = 0x7F00
 INT2_LARGEST_SCALE: Final = 0x7EAA
 """Bits, as bfloat16, of the largest scale of which 1.5 is at most 2^127."""
 
-_MAGNITUDE: Final = 0x7FFF_FFFF
+MAGNITUDE: Final = 0x7FFF_FFFF
 _TINY: Final = np.float32(TINY)
 _TINY_BITS: Final = int(_TINY.view(np.int32))
 _FLOOR: Final = np.float32(MEAN_FLOOR)
@@ -83,7 +83,7 @@ def _numba() -> Any:
                 numba = importlib.import_module("numba")
                 extending = importlib.import_module("numba.extending")
                 if not numba.config.DISABLE_JIT:  # somebody debugs: torch is faster than Python
-                    for helper in (_bits, _real, _scale_bits, _shrunk, _mean, _mean_scale_bits):
+                    for helper in (bits_of, _real, _scale_bits, _shrunk, _mean, _mean_scale_bits):
                         extending.register_jitable(helper)
                     _module = numba
             _loaded = True
@@ -151,7 +151,7 @@ def _type(types: Any, name: str) -> Any:
     return types.Array(getattr(types, scalar), rank, "C", readonly=not writable, aligned=False)
 
 
-def _kernel(*arguments: str) -> Callable[[Callable[P, int]], Kernel[P]]:
+def kernel(*arguments: str) -> Callable[[Callable[P, int]], Kernel[P]]:
     """Declare the types of a kernel's arguments, see `_type`."""
     return lambda body: Kernel(body, arguments)
 
@@ -160,7 +160,7 @@ def _kernel(*arguments: str) -> Callable[[Callable[P, int]], Kernel[P]]:
 # are narrowed, and 64-bit lanes are half as many. Hence the casts.
 
 
-def _bits(x: Any) -> Any:
+def bits_of(x: Any) -> Any:
     """The bit pattern of a float32."""
     return np.float32(x).view(np.int32)
 
@@ -172,7 +172,7 @@ def _real(bits: Any) -> Any:
 
 def _scale_bits(largest: Any, q_max: Any) -> Any:
     """The bfloat16 scale of a block, rounded up; 0 if tiny. `largest` is its max|x|, as bits."""
-    bits = np.int32(_bits(_real(largest) / q_max) + 0xFFFF) >> 16
+    bits = np.int32(bits_of(_real(largest) / q_max) + 0xFFFF) >> 16
     return 0 if _real(bits << 16) < _TINY else bits
 
 
@@ -201,49 +201,49 @@ def _mean(values_RW: Any, r: Any, sums: Any) -> Any:
 
 def _mean_scale_bits(scale: Any, largest: Any) -> Any:
     """The bfloat16 that is nearest to a scale, at most `largest`; 0 if tiny."""
-    exact = _bits(scale)
+    exact = bits_of(scale)
     bits: Any = np.int32(exact + 0x7FFF + ((exact >> 16) & 1)) >> 16
     bits = min(bits, largest)
     return 0 if _real(bits << 16) < _TINY else bits
 
 
-@_kernel("float32[:]")
+@kernel("float32[:]")
 def largest_fp32(values_N: Any) -> Any:
     """Bits of the largest |x|."""
     largest = np.int32(0)
     for i in range(len(values_N)):
-        magnitude = np.int32(_bits(values_N[i]) & _MAGNITUDE)
+        magnitude = np.int32(bits_of(values_N[i]) & MAGNITUDE)
         if magnitude > largest:
             largest = magnitude
     return largest
 
 
-@_kernel("float32[:]", "float32[:]!", "float32", "boolean")
+@kernel("float32[:]", "float32[:]!", "float32", "boolean")
 def decode_fp32(source_N: Any, out_N: Any, weight: Any, add: Any) -> Any:
     """Weigh, then write or add; returns the bits of the largest |x| read."""
     largest = np.int32(0)
     if add:
         for i in range(len(out_N)):
-            magnitude = np.int32(_bits(source_N[i]) & _MAGNITUDE)
+            magnitude = np.int32(bits_of(source_N[i]) & MAGNITUDE)
             if magnitude > largest:
                 largest = magnitude
             out_N[i] += source_N[i] * weight
     else:
         for i in range(len(out_N)):
-            magnitude = np.int32(_bits(source_N[i]) & _MAGNITUDE)
+            magnitude = np.int32(bits_of(source_N[i]) & MAGNITUDE)
             if magnitude > largest:
                 largest = magnitude
             out_N[i] = source_N[i] * weight
     return largest
 
 
-@_kernel("float32[:]", "uint16[:]!")
+@kernel("float32[:]", "uint16[:]!")
 def encode_bf16(values_N: Any, out_N: Any) -> Any:
     """Round half to even; returns the bits of the largest |x|."""
     largest = np.int32(0)
     for i in range(len(values_N)):
-        bits = _bits(values_N[i])
-        magnitude = np.int32(bits & _MAGNITUDE)
+        bits = bits_of(values_N[i])
+        magnitude = np.int32(bits & MAGNITUDE)
         if magnitude > largest:
             largest = magnitude
         rounded = np.int32(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -251,7 +251,7 @@ def encode_bf16(values_N: Any, out_N: Any) -> Any:
     return largest
 
 
-@_kernel("uint16[:]")
+@kernel("uint16[:]")
 def largest_bf16(source_N: Any) -> Any:
     """Bits, as a float32, of the largest |x|."""
     largest = np.int32(0)
@@ -262,7 +262,7 @@ def largest_bf16(source_N: Any) -> Any:
     return np.int32(largest << 16)
 
 
-@_kernel("uint16[:]", "float32[:]!", "float32", "boolean")
+@kernel("uint16[:]", "float32[:]!", "float32", "boolean")
 def decode_bf16(source_N: Any, out_N: Any, weight: Any, add: Any) -> Any:
     """Weigh, then write or add; returns the bits, as a float32, of the largest |x| read."""
     largest = np.int32(0)
@@ -281,7 +281,7 @@ def decode_bf16(source_N: Any, out_N: Any, weight: Any, add: Any) -> Any:
     return np.int32(largest << 16)
 
 
-@_kernel("float32[:,:]", "uint16[:]!", "uint8[:,:]!")
+@kernel("float32[:,:]", "uint16[:]!", "uint8[:,:]!")
 def encode_int8(values_RW: Any, scales_R: Any, quanta_RH: Any) -> Any:
     """Returns the bits of the largest |x|; above what the codec carries, the output is garbage."""
     wildest = np.int32(0)
@@ -289,7 +289,7 @@ def encode_int8(values_RW: Any, scales_R: Any, quanta_RH: Any) -> Any:
     for r in range(rows):
         largest = np.int32(0)
         for i in range(width):
-            magnitude = np.int32(_bits(values_RW[r, i]) & _MAGNITUDE)
+            magnitude = np.int32(bits_of(values_RW[r, i]) & MAGNITUDE)
             if magnitude > largest:
                 largest = magnitude
         if largest > wildest:
@@ -298,11 +298,11 @@ def encode_int8(values_RW: Any, scales_R: Any, quanta_RH: Any) -> Any:
         scales_R[r] = np.uint16(bits)
         scale = _real(bits << 16) if bits > 0 else _ONE
         for i in range(width):
-            quanta_RH[r, i] = np.uint8(_bits(values_RW[r, i] / scale + _ROUND))
+            quanta_RH[r, i] = np.uint8(bits_of(values_RW[r, i] / scale + _ROUND))
     return wildest
 
 
-@_kernel("uint16[:]", "uint8[:,:]", "float32[:,:]!", "float32", "boolean")
+@kernel("uint16[:]", "uint8[:,:]", "float32[:,:]!", "float32", "boolean")
 def decode_int8(scales_R: Any, quanta_RH: Any, out_RW: Any, weight: Any, add: Any) -> Any:
     """Weigh, then write or add. Scales have been checked."""
     rows, width = out_RW.shape
@@ -317,7 +317,7 @@ def decode_int8(scales_R: Any, quanta_RH: Any, out_RW: Any, weight: Any, add: An
     return 0
 
 
-@_kernel("float32[:,:]", "uint16[:]!", "uint8[:,:]!")
+@kernel("float32[:,:]", "uint16[:]!", "uint8[:,:]!")
 def encode_int4(values_RW: Any, scales_R: Any, quanta_RH: Any) -> Any:
     """Returns the bits of the largest |x|; above what the codec carries, the output is garbage."""
     wildest = np.int32(0)
@@ -326,7 +326,7 @@ def encode_int4(values_RW: Any, scales_R: Any, quanta_RH: Any) -> Any:
     for r in range(rows):
         largest = np.int32(0)
         for i in range(width):
-            magnitude = np.int32(_bits(values_RW[r, i]) & _MAGNITUDE)
+            magnitude = np.int32(bits_of(values_RW[r, i]) & MAGNITUDE)
             if magnitude > largest:
                 largest = magnitude
         if largest > wildest:
@@ -335,16 +335,16 @@ def encode_int4(values_RW: Any, scales_R: Any, quanta_RH: Any) -> Any:
         scales_R[r] = np.uint16(bits)
         scale = _real(bits << 16) if bits > 0 else _ONE
         for i in range(width - half):
-            low = _bits(values_RW[r, i] / scale + _ROUND_8) & 15
-            high = _bits(values_RW[r, np.uintp(i + half)] / scale + _ROUND_8) & 15
+            low = bits_of(values_RW[r, i] / scale + _ROUND_8) & 15
+            high = bits_of(values_RW[r, np.uintp(i + half)] / scale + _ROUND_8) & 15
             quanta_RH[r, i] = np.uint8(low | high << 4)
         if half + half != width:
-            last = _bits(values_RW[r, half - 1] / scale + _ROUND_8) & 15
+            last = bits_of(values_RW[r, half - 1] / scale + _ROUND_8) & 15
             quanta_RH[r, half - 1] = np.uint8(last)
     return wildest
 
 
-@_kernel("uint16[:]", "uint8[:,:]", "float32[:,:]!", "float32", "boolean")
+@kernel("uint16[:]", "uint8[:,:]", "float32[:,:]!", "float32", "boolean")
 def decode_int4(scales_R: Any, quanta_RH: Any, out_RW: Any, weight: Any, add: Any) -> Any:
     """Weigh, then write or add. Scales have been checked."""
     rows, width = out_RW.shape
@@ -363,7 +363,7 @@ def decode_int4(scales_R: Any, quanta_RH: Any, out_RW: Any, weight: Any, add: An
     return 0
 
 
-@_kernel("float32[:,:]", "uint16[:]!", "uint8[:,:]!")
+@kernel("float32[:,:]", "uint16[:]!", "uint8[:,:]!")
 def encode_int2(values_RW: Any, scales_R: Any, quanta_RH: Any) -> Any:
     """Returns the bits of the largest |x|; above what the codec carries, the output is garbage."""
     wildest = np.int32(0)
@@ -372,7 +372,7 @@ def encode_int2(values_RW: Any, scales_R: Any, quanta_RH: Any) -> Any:
     sums = np.empty(128, np.float32)
     for r in range(rows):
         for i in range(width):
-            magnitude = np.int32(_bits(values_RW[r, i]) & _MAGNITUDE)
+            magnitude = np.int32(bits_of(values_RW[r, i]) & MAGNITUDE)
             if magnitude > wildest:
                 wildest = magnitude
         mean = _mean(values_RW, r, sums) * _FACTOR / (np.float32(width) * _PER_256)
@@ -392,7 +392,7 @@ def encode_int2(values_RW: Any, scales_R: Any, quanta_RH: Any) -> Any:
     return wildest
 
 
-@_kernel("uint16[:]", "uint8[:,:]", "float32[:,:]!", "float32", "boolean")
+@kernel("uint16[:]", "uint8[:,:]", "float32[:,:]!", "float32", "boolean")
 def decode_int2(scales_R: Any, quanta_RH: Any, out_RW: Any, weight: Any, add: Any) -> Any:
     """Weigh, then write or add. Scales have been checked."""
     rows, width = out_RW.shape
@@ -411,7 +411,7 @@ def decode_int2(scales_R: Any, quanta_RH: Any, out_RW: Any, weight: Any, add: An
     return 0
 
 
-@_kernel("float32[:,:]", "uint16[:]!", "uint8[:,:]!")
+@kernel("float32[:,:]", "uint16[:]!", "uint8[:,:]!")
 def encode_int1(values_RW: Any, scales_R: Any, quanta_RH: Any) -> Any:
     """Returns the bits of the largest |x|; above what the codec carries, the output is garbage."""
     wildest = np.int32(0)
@@ -420,7 +420,7 @@ def encode_int1(values_RW: Any, scales_R: Any, quanta_RH: Any) -> Any:
     sums = np.empty(128, np.float32)
     for r in range(rows):
         for i in range(width):
-            magnitude = np.int32(_bits(values_RW[r, i]) & _MAGNITUDE)
+            magnitude = np.int32(bits_of(values_RW[r, i]) & MAGNITUDE)
             if magnitude > wildest:
                 wildest = magnitude
         mean = _mean(values_RW, r, sums) / (np.float32(width) * _PER_256)
@@ -447,7 +447,7 @@ def encode_int1(values_RW: Any, scales_R: Any, quanta_RH: Any) -> Any:
     return wildest
 
 
-@_kernel("uint16[:]", "uint8[:,:]", "float32[:,:]!", "float32", "boolean")
+@kernel("uint16[:]", "uint8[:,:]", "float32[:,:]!", "float32", "boolean")
 def decode_int1(scales_R: Any, quanta_RH: Any, out_RW: Any, weight: Any, add: Any) -> Any:
     """Weigh, then write or add. Scales have been checked."""
     rows, width = out_RW.shape
@@ -466,20 +466,20 @@ def decode_int1(scales_R: Any, quanta_RH: Any, out_RW: Any, weight: Any, add: An
     return 0
 
 
-@_kernel("float32[:]", "float32[:]", "float32[:]!", "float32")
+@kernel("float32[:]", "float32[:]", "float32[:]!", "float32")
 def sgd_step(theta_N: Any, delta_N: Any, out_theta_N: Any, lr: Any) -> Any:
     """`outer.OuterOptimizer.advance`; returns the bits of the largest |x| written."""
     largest = np.int32(0)
     for i in range(len(theta_N)):
         theta = theta_N[i] - delta_N[i] * lr
         out_theta_N[i] = theta
-        magnitude = np.int32(_bits(theta) & _MAGNITUDE)
+        magnitude = np.int32(bits_of(theta) & MAGNITUDE)
         if magnitude > largest:
             largest = magnitude
     return largest
 
 
-@_kernel(
+@kernel(
     "float32[:]", "float32[:]", "float32[:]", "float32[:]!", "float32[:]!", "float32", "float32"
 )
 def nesterov_step(
@@ -498,7 +498,7 @@ def nesterov_step(
         theta = theta_N[i] - (m * momentum + delta_N[i]) * lr
         out_m_N[i] = m
         out_theta_N[i] = theta
-        magnitude = np.int32(max(_bits(m) & _MAGNITUDE, _bits(theta) & _MAGNITUDE))
+        magnitude = np.int32(max(bits_of(m) & MAGNITUDE, bits_of(theta) & MAGNITUDE))
         if magnitude > largest:
             largest = magnitude
     return largest
