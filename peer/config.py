@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar, get_type_hints
 
 from coordinator_free.codecs import codec
 from coordinator_free.config import RoundConfig
+from coordinator_free.gradient import GradientConfig, GradientOptimizer, TensorSpec
 from coordinator_free.optimizer import StateOptimizer
 from coordinator_free.outer import OuterConfig, OuterOptimizer
 from coordinator_free.pace import LocalConfig
@@ -148,6 +149,11 @@ def load(text: str, source: str) -> RunConfig:
         "data": _build(DataConfig, tables["data"], "data", source),
         "optimizer": _build(OptimizerConfig, tables["optimizer"], "optimizer", source),
     }
+    if round_.mode == "gradient":
+        try:
+            gradient_config(trainer["optimizer"])
+        except ConfigError as error:
+            raise ConfigError(f"{source}: [optimizer] {error}") from error
     if "seed" in general:
         trainer["seed"] = general["seed"]
     return RunConfig(
@@ -181,7 +187,26 @@ def localised(config: RunConfig, *, data: str, device: str) -> RunConfig:
 
 def optimizer(config: RunConfig, trainer: Trainer) -> StateOptimizer:
     """The rule that all peers of a run apply to an average."""
-    return OuterOptimizer(config.outer)
+    if config.round.mode == "diloco":
+        return OuterOptimizer(config.outer)
+    tensors = [TensorSpec(**dataclasses.asdict(tensor)) for tensor in trainer.tensors()]
+    return GradientOptimizer(gradient_config(config.trainer.optimizer), tensors)
+
+
+def gradient_config(inner: OptimizerConfig) -> GradientConfig:
+    """The step of [optimizer] as all peers take it together in gradient mode.
+
+    Raises:
+        ConfigError: a kind that only a single peer can follow.
+    """
+    if inner.kind == "schedulefree":
+        raise ConfigError(
+            'kind = "schedulefree" takes steps of one peer\'s own: with mode = "gradient" use '
+            '"muon", "adamw" or "sgd"'
+        )
+    names = {part.name for part in dataclasses.fields(GradientConfig)}
+    shared = {n: v for n, v in dataclasses.asdict(inner).items() if n in names}
+    return GradientConfig(**shared)
 
 
 def _fields(kind: type[Any], without: frozenset[str] = frozenset()) -> dict[str, Any]:
