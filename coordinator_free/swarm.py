@@ -19,6 +19,7 @@ checked is that the others train on what they should: see docs/threat_model.md.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -48,7 +49,7 @@ from coordinator_free.recipe import LOCAL, ROUND, check, feeds_back
 from coordinator_free.session import Session, SessionConfig
 from coordinator_free.state import State
 from dht.addresses import announced_hosts
-from dht.errors import ConfigError
+from dht.errors import ConfigError, RecordError
 from dht.identity import Identity
 from dht.link import Link
 from dht.records import SignedRun
@@ -59,7 +60,7 @@ if TYPE_CHECKING:
 
 _MARK = "shoal library run"
 _CLOSE_S = 20.0  # for a polite leave
-_POLL_S = 0.2
+REJOIN_S = 10.0  # how long a restarted creator looks for those who went on without it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -219,12 +220,15 @@ class SwarmOptimizer:
         self._network: Network[Session] | None = None
         self._session: Session | None = None
         self._loop: LocalLoop | None = None
-        self._over = False
+        self._begun = self._over = False
 
     # -- its life -----------------------------------------------------------------------------
 
     def enter(self) -> None:
-        """Create the run or join it; the parameters become those of the swarm.
+        """Create the run or join it; a joiner's parameters become those of the swarm.
+
+        A creator is in at once; if its run waits for more peers (`start_peers`), so does its first
+        step.
 
         Raises:
             ConfigError: one line: the link leads nowhere, or the run is another model's.
@@ -253,11 +257,10 @@ class SwarmOptimizer:
         network = self._network = Network(
             self._network_config, identity, make_session=_make_session
         )
-        run = None
+        run, resumed = None, False
         if self._joins is None:
             self._check_optimizer()
-            raw = self._recipe.dump(self._flat.layout)
-            run = SignedRun.sign(identity, raw, time.time())
+            run, resumed = self._own_run(identity)
         network.start(run)
         found = network.found()
         assert found is not None  # only `close` stops it
@@ -274,6 +277,7 @@ class SwarmOptimizer:
             if self._joins is not None
             else self._flat.read(empty_vector(self._flat.numel), start=0, stop=self._flat.numel)
         )
+        checkpoints = self._home / "checkpoints" / found.run_id if self._keeps else None
         self._session = network.begin(
             SessionConfig(
                 run_id=found.run_id,
@@ -287,19 +291,46 @@ class SwarmOptimizer:
                 announce_hosts=announced_hosts(
                     self._network_config.host, self._network_config.announce_hosts, network.maddrs
                 ),
-                checkpoints=self._home / "checkpoints" / found.run_id if self._keeps else None,
+                checkpoints=checkpoints,
                 upload_bps=self._upload_bps,
                 download_bps=self._download_bps,
                 workers=self._workers,
             ),
             initial_N,
+            REJOIN_S if resumed else 0.0,
         )
         assert self._session is not None
         self._loop = LocalLoop(self._session, self._flat, recipe.round, recipe.local)
+        # Who founds the run anew has its parameters already, and may wait for others at its first
+        # step: they need the link before that.
+        if self._joins is not None or resumed:
+            self._begin()
+
+    def _own_run(self, identity: Identity) -> tuple[SignedRun, bool]:
+        """The run to publish, and whether it is one that this peer created before."""
+        raw = self._recipe.dump(self._flat.layout)
+        kept = self._home / "run"
+        with contextlib.suppress(OSError, RecordError):
+            run = SignedRun.from_bytes(kept.read_bytes())
+            if (run.creator, run.run_file) == (identity.peer_id, raw):
+                return run, True
+        run = SignedRun.sign(identity, raw, time.time())
+        if self._keeps:
+            try:
+                kept.write_bytes(run.to_bytes())
+            except OSError as error:
+                raise ConfigError(f"cannot write {kept}: {error.strerror}") from error
+        return run, False
+
+    def _begin(self) -> None:
+        """Wait for the swarm's parameters and the first round."""
+        assert self._loop is not None
+        assert self._network is not None
+        self._begun = True
         if self._loop.begin() is None:
             self._over = True
-            if network.failure is not None:
-                raise network.failure
+            if self._network.failure is not None:
+                raise self._network.failure
 
     def close(self) -> None:
         """Leave the swarm politely; the parameters stay as they are."""
@@ -319,6 +350,7 @@ class SwarmOptimizer:
         Raises:
             SwarmError: the swarm cannot be reached any more, or what it has is not to be trusted.
         """
+        self._begin_late()
         if not self._over:
             if self._recipe.round.mode == "gradient":
                 self._flat.accumulate(self._batch_size)
@@ -330,6 +362,7 @@ class SwarmOptimizer:
 
     def stepped(self) -> Step:
         """The same where somebody else has taken the local step already."""
+        self._begin_late()
         if self._loop is None or self._over:
             return Step(round=0, over=True)
         try:
@@ -345,6 +378,10 @@ class SwarmOptimizer:
         if turn is None:
             return Step(round=0 if self._over else self._loop.round, over=self._over)
         return self._took(turn)
+
+    def _begin_late(self) -> None:
+        if self._loop is not None and not self._over and not self._begun:
+            self._begin()
 
     def _took(self, turn: Turn) -> Step:
         assert self._loop is not None

@@ -1,0 +1,309 @@
+"""`SwarmOptimizer` in plain torch loops: real sessions, real DHT, one process a swarm."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from coordinator_free import Recipe, Step, SwarmOptimizer
+from coordinator_free.config import RoundConfig
+from coordinator_free.gradient import GradientConfig
+from coordinator_free.pace import LocalConfig
+from coordinator_free.swarm import FlatTensors
+from dht.errors import ConfigError
+from model import optimizers
+
+WAIT_S = 60.0
+
+
+def model(width: int = 32) -> nn.Module:
+    torch.manual_seed(7)
+    return nn.Sequential(nn.Linear(8, width), nn.Tanh(), nn.Linear(width, 4))
+
+
+def batch(seed: int, size: int = 4) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(size, 8, generator=generator)
+    return inputs, inputs[:, :4].cumsum(1)
+
+
+def loss_of(net: nn.Module, seed: int) -> Tensor:
+    inputs, targets = batch(seed)
+    return F.mse_loss(net(inputs), targets)
+
+
+def train(swarm: SwarmOptimizer, net: nn.Module, seeds: Callable[[int], int]) -> list[Step]:
+    """Until the run is over; what every step did."""
+    steps = []
+    for number in range(100_000):
+        loss_of(net, seeds(number)).backward()
+        steps.append(swarm.step())
+        if steps[-1].over:
+            return steps
+    raise AssertionError("the run does not end")
+
+
+class Pair:
+    """Two peers of one run, each in a thread."""
+
+    def __init__(
+        self, recipe: Recipe, optimizer: Callable[[nn.Module], torch.optim.Optimizer | None]
+    ):
+        self.nets = [model(), model()]
+        with torch.no_grad():
+            for p in self.nets[1].parameters():
+                p.add_(1.0)  # a joiner gets the swarm's parameters, whatever it had
+        self.steps: list[list[Step]] = [[], []]
+        self._recipe = recipe
+        self._optimizer = optimizer
+        self._link = ""
+        self._linked = threading.Event()
+        self.digests = ["", ""]
+        with ThreadPoolExecutor(2) as pool:
+            for done in [pool.submit(self._first), pool.submit(self._second)]:
+                done.result(WAIT_S)
+
+    def _first(self) -> None:
+        net = self.nets[0]
+        swarm = SwarmOptimizer(
+            net, self._optimizer(net), batch_size=4, recipe=self._recipe, host="127.0.0.1"
+        )
+        with swarm:
+            self._link = swarm.link
+            self._linked.set()
+            self.steps[0] = train(swarm, net, lambda n: 2 * n)
+            self.digests[0] = swarm.state.root.hex()
+
+    def _second(self) -> None:
+        assert self._linked.wait(WAIT_S)
+        net = self.nets[1]
+        swarm = SwarmOptimizer(
+            net, self._optimizer(net), batch_size=4, link=self._link, host="127.0.0.1"
+        )
+        with swarm:
+            assert swarm.recipe == self._recipe
+            self.steps[1] = train(swarm, net, lambda n: 2 * n + 1)
+            self.digests[1] = swarm.state.root.hex()
+
+    def rounds(self, number: int) -> list[tuple[int, list[int]]]:
+        """Of one peer: each round that ended, and which of its steps were in it."""
+        rounds, since = [], 0
+        for at, step in enumerate(self.steps[number]):
+            if step.ended is not None:
+                rounds.append((step.ended.round, list(range(since, at + 1))))
+                since = at + 1
+        return rounds
+
+
+@pytest.mark.slow
+def test_a_plain_loop_trains_with_another_one() -> None:
+    recipe = Recipe(
+        name="two",
+        round=RoundConfig(start_peers=2, rounds=12, fragments=2, codec="int2"),
+        local=LocalConfig(local_steps=20, delay_steps=5),
+    )
+    pair = Pair(recipe, lambda net: torch.optim.AdamW(net.parameters(), lr=1e-2))
+    assert pair.digests[0] == pair.digests[1]
+    ended = [step.ended for step in pair.steps[0] if step.ended is not None]
+    assert [result.round for result in ended] == list(range(12))
+    assert {result.members for result in ended} == {2}
+    for mine, theirs in zip(pair.nets[0].parameters(), pair.nets[1].parameters(), strict=True):
+        assert torch.equal(mine, theirs), "both end with what the swarm decided"
+    assert loss_of(pair.nets[0], 999).item() < 0.3 * loss_of(model(), 999).item()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["adamw", "sgd", "muon"])
+def test_gradient_mode_is_one_process_on_all_the_samples(kind: str) -> None:
+    """50 steps in fp32, to 1e-5 relative, against torch's own optimizers.
+
+    But for Muon: torch's computes in bfloat16, hence the local one of `model` as reference.
+    """
+    settings = {
+        "adamw": GradientConfig(kind="adamw", lr=1e-2, grad_clip=0, weight_decay=0.05),
+        "sgd": GradientConfig(kind="sgd", lr=1e-2, momentum=0.9, grad_clip=1.0, weight_decay=0),
+        "muon": GradientConfig(kind="muon", lr=1e-2, adamw_lr=1e-2, grad_clip=0, weight_decay=0),
+    }
+    recipe = Recipe(
+        round=RoundConfig(mode="gradient", target_batch=8, start_peers=2, rounds=50, codec="fp32"),
+        gradient=settings[kind],
+    )
+    pair = Pair(recipe, lambda net: None)
+    assert pair.digests[0] == pair.digests[1]
+    alone = model()
+    step = reference(alone, settings[kind])
+    mine, theirs = pair.rounds(0), pair.rounds(1)
+    assert [round for round, _ in mine] == [round for round, _ in theirs] == list(range(50))
+    for (_, firsts), (_, seconds) in zip(mine, theirs, strict=True):
+        seeds = [2 * n for n in firsts] + [2 * n + 1 for n in seconds]
+        alone.zero_grad()
+        inputs, targets = (torch.cat(part) for part in zip(*map(batch, seeds), strict=True))
+        F.mse_loss(alone(inputs), targets).backward()
+        if settings[kind].grad_clip:
+            nn.utils.clip_grad_norm_(alone.parameters(), settings[kind].grad_clip)
+        step()
+    for ours, single in zip(pair.nets[0].parameters(), alone.parameters(), strict=True):
+        assert ((ours - single).norm() / single.norm()).item() < 1e-5
+
+
+def reference(net: nn.Module, config: GradientConfig) -> Callable[[], object]:
+    matrices = [p for p in net.parameters() if p.ndim == 2]
+    vectors = [p for p in net.parameters() if p.ndim != 2]
+    if config.kind == "sgd":
+        return torch.optim.SGD(net.parameters(), config.lr, config.momentum, nesterov=True).step
+    if config.kind == "adamw":
+        groups = [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, config.lr, config.betas, config.eps).step
+    muon = optimizers.Muon(matrices, momentum=config.momentum, weight_decay=0.0)
+    adamw = optimizers.AdamW(vectors, betas=config.betas, weight_decay=0.0)
+
+    def step() -> None:
+        muon.step(config.lr)
+        adamw.step(config.adamw_lr)
+
+    return step
+
+
+@pytest.mark.slow
+def test_another_model_or_a_link_to_nowhere_is_told_in_one_line(tmp_path: Path) -> None:
+    net = model()
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    with SwarmOptimizer(net, optimizer, batch_size=1, home=tmp_path, host="127.0.0.1") as swarm:
+        other = model(width=16)
+        joiner = SwarmOptimizer(
+            other,
+            torch.optim.SGD(other.parameters(), 0.1),
+            batch_size=1,
+            link=swarm.link,
+            host="127.0.0.1",
+        )
+        with pytest.raises(ConfigError, match="names or shapes") as caught, joiner:
+            pass
+        assert "\n" not in str(caught.value)
+        averaging = SwarmOptimizer(model(), batch_size=1, link=swarm.link, host="127.0.0.1")
+        with pytest.raises(ConfigError, match="give the optimizer"), averaging:
+            pass
+    assert swarm.step().over, "after the end no step counts"
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_its_home(tmp_path: Path) -> None:
+    """The only peer stops in the middle; started again, it is at the round where it was."""
+    recipe = Recipe(round=RoundConfig(rounds=6, codec="int4"), local=LocalConfig(local_steps=3))
+
+    def go(stop_after: int) -> list[Step]:
+        net = model()
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+        swarm = SwarmOptimizer(
+            net, optimizer, batch_size=4, recipe=recipe, home=tmp_path, host="127.0.0.1"
+        )
+        steps = []
+        with swarm:
+            while not steps or not steps[-1].over:
+                loss_of(net, len(steps)).backward()
+                steps.append(swarm.step())
+                ended = steps[-1].ended
+                if ended is not None and ended.round == stop_after:
+                    return steps
+        return steps
+
+    first = [step.ended.round for step in go(2) if step.ended is not None]
+    second = [step.ended.round for step in go(99) if step.ended is not None]
+    assert first == [0, 1, 2]
+    assert second == [3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"batch_size": 0}, "at least one sample"),
+        ({"batch_size": 1, "link": "shoal://nonsense"}, "run id"),
+        ({"batch_size": 1, "recipe": Recipe(), "link": "shoal://x"}, "leave recipe or link out"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_starts(
+    options: dict[str, object], says: str
+) -> None:
+    net = model()
+    with pytest.raises(ConfigError, match=says) as caught:
+        SwarmOptimizer(net, torch.optim.SGD(net.parameters(), 0.1), **options)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+def test_only_float32_can_be_averaged() -> None:
+    with pytest.raises(ConfigError, match="float32"):
+        FlatTensors({"half": torch.zeros(3, dtype=torch.bfloat16)})
+    with pytest.raises(ConfigError, match="contiguous"):
+        FlatTensors({"turned": torch.zeros(3, 4).t()})
+    with pytest.raises(ConfigError, match="no parameters"):
+        FlatTensors({})
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 300), (10, 11), (31, 290), (256, 300)])
+def test_a_span_is_read_and_written_alone(start: int, stop: int) -> None:
+    named = dict(model().named_parameters())
+    flat = FlatTensors(named)
+    before_N = flat.read(torch.empty(flat.numel), start=0, stop=flat.numel)
+    flat.write(torch.arange(float(stop - start)), start=start, stop=stop)
+    after_N = flat.read(torch.empty(flat.numel), start=0, stop=flat.numel)
+    assert torch.equal(after_N[start:stop], torch.arange(float(stop - start)))
+    assert torch.equal(after_N[:start], before_N[:start])
+    assert torch.equal(after_N[stop:], before_N[stop:])
+
+
+def test_gradients_are_means_over_all_samples() -> None:
+    net = model()
+    flat = FlatTensors(dict(net.named_parameters()))
+    for seed in (1, 2):
+        loss_of(net, seed).backward()
+        flat.accumulate(4)
+    assert all(p.grad is None for p in net.parameters())
+    mean_N = flat.gradient(torch.empty(flat.numel))
+    inputs, targets = (torch.cat(part) for part in zip(batch(1), batch(2), strict=True))
+    F.mse_loss(net(inputs), targets).backward()
+    expected_N = torch.cat([p.grad.reshape(-1) for p in net.parameters() if p.grad is not None])
+    assert torch.allclose(mean_N, expected_N, atol=1e-6)
+
+
+def test_a_recipe_is_read_back_as_it_was_published() -> None:
+    recipe = Recipe(
+        name="a name",
+        round=RoundConfig(mode="gradient", target_batch=64, codec="fp32"),
+        gradient=GradientConfig(kind="muon", betas=(0.8, 0.9)),
+    )
+    assert Recipe.load(recipe.dump("layout")) == (recipe, "layout")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda tables: tables.pop("shoal library run"), "shoal join"),
+        (lambda tables: tables.update(extra=1), "unknown"),
+        (lambda tables: tables["round"].update(extra=1), "install the same shoal"),
+        (lambda tables: tables["round"].update(fragments="six"), "fragments"),
+        (lambda tables: tables["round"].update(codec="int3"), "int3"),
+        (lambda tables: tables["local"].update(feedback="off"), "fed back"),
+        (lambda tables: tables["outer"].update(lr=-1.0), "outer"),
+        (lambda tables: tables.update(name=""), "printable"),
+        (lambda tables: tables.update(round=[]), "round"),
+    ],
+)
+def test_what_a_hostile_creator_published_is_refused(
+    change: Callable[[dict[str, object]], object], says: str
+) -> None:
+    tables = json.loads(Recipe().dump("layout"))
+    change(tables)
+    with pytest.raises(ConfigError, match=says) as caught:
+        Recipe.load(json.dumps(tables).encode())
+    assert "\n" not in str(caught.value)
