@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from coordinator_free.messages import Run, Slice
 
 # Every codec's block length divides this, so a chunk never splits a block.
-ALIGN_ELEMENTS = 1024
+ALIGN_ELEMENTS = 4096
 CHUNK_BYTES = 1 << 21  # one message: what a message costs besides its bytes is little in this
 
 

@@ -23,7 +23,7 @@ from coordinator_free.wire import tree_root
 from dht.errors import ConfigError
 
 NUMEL = 4000
-CHUNK = 1024
+CHUNK = 4096
 
 
 def average(name: str = "fp32", seed: int = 0) -> Average:

@@ -55,13 +55,13 @@ from coordinator_free.messages import (
     Run,
     Signature,
 )
-from coordinator_free.partition import runs_of, share
+from coordinator_free.partition import ALIGN_ELEMENTS, runs_of, share
 from tests.sim.world import RUN, Key, check
 
 T = TypeVar("T")
 M = TypeVar("M")
 CONFIG = RoundConfig(codec="fp32")
-LAYOUT = Layout(numel=40_000, largest_chunk=1024)
+LAYOUT = Layout(numel=160_000, largest_chunk=ALIGN_ELEMENTS)
 CHUNKS = 40
 HEIGHT, ROUND, SAMPLES = 4, 2, 500
 
@@ -168,7 +168,7 @@ class Rig:
             slices=share([Run(start=0, stop=CHUNKS)], self.head.peers),
             kept=(),
             numel=LAYOUT.numel,
-            chunk_elements=1024,
+            chunk_elements=ALIGN_ELEMENTS,
             codec="fp32",
             exchange_s=60.0,
             stall_s=12.0,
@@ -957,9 +957,9 @@ def test_a_sound_plan_is_followed_once() -> None:
             "slices": share([Run(start=0, stop=CHUNKS)], (L0,)),
         },
         {"numel": LAYOUT.numel - 1},
-        {"numel": LAYOUT.numel - 1024, "slices": share([Run(start=0, stop=39)], FIVE)},
-        {"chunk_elements": 2048, "slices": share([Run(start=0, stop=20)], FIVE)},
-        {"chunk_elements": 1001},
+        {"numel": LAYOUT.numel - ALIGN_ELEMENTS, "slices": share([Run(start=0, stop=39)], FIVE)},
+        {"chunk_elements": 2 * ALIGN_ELEMENTS, "slices": share([Run(start=0, stop=20)], FIVE)},
+        {"chunk_elements": ALIGN_ELEMENTS // 4},
         {"exchange_s": 601.0, "stall_s": 601.0 / 5},
         {"exchange_s": 14.9, "stall_s": 14.9 / 5},
         {"stall_s": 60.1},
@@ -1426,7 +1426,7 @@ def test_a_proposal_that_is_repeated_is_no_answer_either() -> None:
 
 def test_many_small_pieces_fill_no_message() -> None:
     """Reported one by one: the mend is one that can be sent, and keeps the longest."""
-    layout = Layout(numel=4000 * 1024, largest_chunk=1024)
+    layout = Layout(numel=4000 * ALIGN_ELEMENTS, largest_chunk=ALIGN_ELEMENTS)
     names = [f"{name}{'x' * 51}" for name in "abcdefghijklmnopqrstuvwxyz"]
     held = {
         name: runs_of(n for n in range(4000) if n < 1000 or (n + place) % 3)
@@ -1454,7 +1454,7 @@ def mended(names: list[str], kept: tuple[Kept, ...], layout: Layout) -> Plan:
         slices=share(runs_of(n for n in range(4000) if n not in found), names),
         kept=kept,
         numel=layout.numel,
-        chunk_elements=1024,
+        chunk_elements=ALIGN_ELEMENTS,
         codec="fp32",
         exchange_s=60.0,
         stall_s=12.0,

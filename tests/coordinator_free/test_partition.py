@@ -44,8 +44,8 @@ def test_a_cut_as_it_has_always_been() -> None:
         Slice(reducer="a", start=2, stop=4),
         Slice(reducer="b", start=7, stop=9),
     )
-    assert chunk_elements(10_000, 3, 1 << 18, 4) == 1024
-    assert chunk_elements(16_000_000, 5, 1 << 18, 4) == 246_784
+    assert chunk_elements(10_000, 3, 1 << 18, 4) == 4096
+    assert chunk_elements(16_000_000, 5, 1 << 18, 4) == 249_856
 
 
 @given(st.sets(st.integers(0, 1000)))
@@ -77,7 +77,7 @@ def test_chunks_fill_a_vector_and_give_each_reducer_several(
 
 
 def test_chunks_are_at_most_one_message_and_never_split_a_block() -> None:
-    for name in ("fp32", "bf16", "int8", "int4"):
+    for name in ("fp32", "bf16", "int8", "int4", "int2", "int1", "top64", "top128"):
         coding = codec(name)
         size = largest_chunk(coding.encoded_bytes)
         assert size % ALIGN_ELEMENTS == 0

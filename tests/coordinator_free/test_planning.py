@@ -82,7 +82,8 @@ def test_who_has_more_bandwidth_reduces_more_and_slow_links_get_smaller_chunks()
     drafted = planned([seat("a", 200), seat("b", 100), seat("c", 100), seat("d", 100)])
     got = shares(drafted)
     assert got["a"] > 1.5 * got["b"]
-    assert sum(got.values()) >= 4 * CHUNKS_EACH_SLOW - 4
+    # As many, but for what rounding a chunk up to whole pieces leaves out.
+    assert sum(got.values()) >= 4 * CHUNKS_EACH_SLOW * 15 / 16
     assert drafted.expected_s == pytest.approx(BYTES * 6 / (500 * MBIT), rel=0.02)
 
 

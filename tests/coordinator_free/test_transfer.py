@@ -325,9 +325,9 @@ async def test_a_holder_has_no_longer_for_an_average_than_an_exchange_may_take(
 ) -> None:
     """Whatever the size of the model: it was hours where that is large."""
     monkeypatch.setattr(module, "IDLE_S", 0.2)
-    payload = bytes(codec("int4").encode(torch.ones(1024)))
+    payload = bytes(codec("int4").encode(torch.ones(4096)))
     peers.frames = [
-        *Average("int4", [Chunk(n, 1024, b"\x01", payload) for n in range(20)]).frames()
+        *Average("int4", [Chunk(n, 4096, b"\x01", payload) for n in range(20)]).frames()
     ]
     peers.pause_s = 0.05
     transfer = transfer_of(peers, numel=10**9, exchange_s=0.3)
@@ -337,6 +337,6 @@ async def test_a_holder_has_no_longer_for_an_average_than_an_exchange_may_take(
     assert time.monotonic() - began < 0.8
     # At the pace of an exchange of this length it comes through: 10 kB in a second.
     monkeypatch.setattr(module, "SLOWEST_BPS", 1e3)
-    transfer = transfer_of(peers, numel=20 * 1024, exchange_s=3.0)
+    transfer = transfer_of(peers, numel=20 * 4096, exchange_s=3.0)
     with pytest.raises(ProtocolViolation, match="another root"):
         await transfer.average(contact("x"), NO_DIGEST)

@@ -42,7 +42,7 @@ from coordinator_free.messages import (
     Outcome,
     Plan,
 )
-from coordinator_free.partition import runs_of
+from coordinator_free.partition import ALIGN_ELEMENTS, runs_of
 from coordinator_free.replica import State
 from tests.sim.getting import INITIAL, Getting, Giver, after, contents
 
@@ -248,7 +248,7 @@ class World:
         return Machine(
             me=me,
             run_id=RUN,
-            layout=Layout(numel=40_000, largest_chunk=1024),
+            layout=Layout(numel=160_000, largest_chunk=ALIGN_ELEMENTS),
             config=self.config,
             certificate=certificate,
             signer=Key(me.peer_id),
