@@ -40,7 +40,7 @@ from coordinator_free.outer import OuterConfig, OuterOptimizer
 
 Work = Callable[[], object]
 
-CODECS = ("fp32", "bf16", "int8", "int4", "int2", "int1")
+CODECS = ("fp32", "bf16", "int8", "int4", "int2", "int1", "top64", "top128")
 
 PROCESS = """
 import json, sys, time
@@ -55,7 +55,7 @@ private, mapped, began = resident("RssAnon"), resident("RssFile"), time.process_
 assert kernels.compiled()
 imported = time.process_time() - began
 if sys.argv[1] == "everything":
-    for name in ("fp32", "bf16", "int8", "int4", "int2", "int1"):
+    for name in ("fp32", "bf16", "int8", "int4", "int2", "int1", "top64", "top128"):
         prepare(name)
     OuterOptimizer(OuterConfig()).prepare()
 elif sys.argv[1] == "int4":

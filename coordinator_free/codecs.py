@@ -1,4 +1,4 @@
-"""How a slice of the vector becomes bytes: fp32, bf16, and block-wise int8, int4, int2 and int1.
+"""How a slice of the vector becomes bytes: fp32, bf16, block-wise int8 to int1, or the largest few.
 
 Layouts (little-endian; n elements; a block is 256 consecutive ones, the last may be shorter):
 
@@ -8,6 +8,8 @@ Layouts (little-endian; n elements; a block is 256 consecutive ones, the last ma
     int4    the same with ceil(L / 2) bytes a block
     int2    the same with ceil(L / 4) bytes a block
     int1    the same with ceil(L / 8) bytes a block
+    top64   ceil(n / 4096) x bfloat16 scale, then the pages, see below
+    top128  the same
 
 With K elements to a byte (1, 2, 4, 8) and H = ceil(L / K) bytes, byte i of a block holds the
 elements i, i + H, i + 2H, ... from its low bits to its high ones: neighbours stay neighbours
@@ -30,6 +32,24 @@ int1: -1 or 1 (0 or 1 in the bit) times the scale, 1 for +0 and -0. The scale is
 block, by the same sum, without the factor of 1.25, and at most 0x7F00. The error of an element is
 exactly |scale - |x||, and so at most max(scale, |x| - scale).
 
+top64 and top128: of a page, which is 4096 consecutive elements (the last may be shorter), those of
+largest |x| are sent, the lower index first where |x| is equal. With l = 6 for top64 and 5 for
+top128, a page of L elements sends C = ceil(L / 2^l), which is 64 or 128 of a whole one. The page is
+three strings of bits, each of whole bytes, in which bit j is bit j mod 8 of byte j // 8:
+
+    low     C x l bits: of the ith index, ascending, the l lowest bits, at i * l
+    high    2C bits: bit (ith index >> l) + i is one for each i, the others are zero
+    code    C x 2 bits: of the ith of those elements, at 2i
+
+and what is left of a string's last byte is zero. (The indices are in Elias and Fano's code: 8 bits
+each for top64, of the 7.4 that there must be; and the same size whatever they are.) An element is
+one of the levels -1.5, -1, 1, 1.5 (0 to 3) times the page's scale, the nearest one; halfway, the
+upper. The scale is the mean |x| of those sent: with a_i = |x_i| / S of the ith, or 0 where |x_i| <=
+2^-110 and from C on, S being 64 or 128, the sum of a_0 .. a_(S-1) is taken by halves; over C / S;
+rounded half to even to bfloat16; at most 0x7EAA. The error of what is sent is the distance of |x|
+to the nearer of scale and 1.5 * scale: what accumulates until it is sent is all of about one
+magnitude, hence a level there. All else decodes to +0, and is at most the least |x| that was sent.
+
 Error feedback: whoever encodes keeps what was lost, x - decoded, and adds it to what it encodes
 next. Every codec loses less than it is given (in squares, summed over a block), so what is kept
 stays bounded, and the mean of k messages is off by what is kept at the end over k.
@@ -46,8 +66,9 @@ Guarantees.
   disagree on those. x86, ARM, any vector width, any thread count, numba or torch, CPU or GPU: the
   same.
 - `decode` and `decode_add` validate what they are given: a wrong length, a NaN, an infinity, or a
-  magnitude above `MAX_MAGNITUDE` (for quantised ones: a scale above that of `MAX_MAGNITUDE`), or
-  padding that is not zero, is a ValueError. A decoded number is always finite; times a weight above
+  magnitude above `MAX_MAGNITUDE` (for quantised ones: a scale above that of `MAX_MAGNITUDE`),
+  padding that is not zero, or an index that is not above the one before it and within the page, is
+  a ValueError. A decoded number is always finite; times a weight above
   one, or added to another, it may not be. fp32 and bf16 are checked in the pass that decodes them,
   so **after a ValueError the output holds anything**, and likewise `out` after encode's NonFinite.
 - Scratch is constant, a few times `SEGMENT` elements, whatever the length. (On a GPU: a few times
@@ -87,9 +108,12 @@ Buffer = bytes | bytearray | memoryview
 BLOCK: Final = 256
 """Elements under one scale. Quartering it would cost 6 % more bytes of int4 for little."""
 
+PAGE: Final = 4096
+"""Elements of which a sparse codec sends the largest."""
+
 SEGMENT: Final = 32_768
 """Elements that torch works on at once: 128 KiB of float32, and its grain size, above which it
-would start OpenMP threads inside every worker thread. A multiple of BLOCK."""
+would start OpenMP threads inside every worker thread. A multiple of PAGE."""
 
 DEVICE_SEGMENT: Final = 1 << 22
 """The same on a GPU, where each operation should outlast its launch."""
@@ -135,6 +159,11 @@ class Codec(Protocol):
     @property
     def needs_feedback(self) -> bool:
         """Whether so much is lost that the sender has to keep it and add it to what comes next."""
+        ...
+
+    @property
+    def sparse(self) -> bool:
+        """Whether few elements are sent, and a mean is over those who sent one: `SparseCodec`."""
         ...
 
     def encoded_bytes(self, n: int) -> int:
@@ -201,10 +230,33 @@ class Codec(Protocol):
     def validate(self, payload: Buffer, n: int) -> None:
         """Check a payload without decoding it; the two above do so by themselves.
 
-        Reads all of fp32 and bf16, of the others only the scales and the padding.
+        Reads all of fp32 and bf16, of the others only the scales, the padding, and indices.
 
         Raises:
             ValueError: wrong length, or a number that is not finite or too large.
+        """
+        ...
+
+
+class SparseCodec(Codec, Protocol):
+    """A codec whose messages say nothing of most elements."""
+
+    def decode_add_sent(
+        self, payload: Buffer, n: int, weight: float, into_N: Tensor, sent_N: Tensor
+    ) -> None:
+        """As `decode_add`, and at the elements that were sent also `sent += weight`.
+
+        A page whose scale is 0 counts as not sent: it has nothing to say.
+
+        Args:
+            payload: n encoded elements, of any alignment.
+            n: how many; the length of `into_N` and `sent_N`.
+            weight: finite, and above 0 for `mean_of_sent` to make sense of it.
+            into_N: (n,) float32, contiguous, as `decode`'s. Changed in place.
+            sent_N: the same, on the same device, in other memory.
+
+        Raises:
+            ValueError: as `validate`; both hold anything then. Or a mistake in the arguments.
         """
         ...
 
@@ -221,6 +273,16 @@ def _checked_vector(values_N: Tensor, what: str) -> Tensor:
     return values_N.detach()
 
 
+def _checked_output(out_N: Tensor, n: int, weight: float) -> Tensor:
+    """The same for what is written, and for what is multiplied with."""
+    out_N = _checked_vector(out_N, "the output")
+    if len(out_N) != n:
+        raise ValueError(f"the output has {len(out_N)} elements, not {n}")
+    if not abs(weight) <= MAX_MAGNITUDE:
+        raise ValueError(f"weight {weight} is not finite")
+    return out_N
+
+
 class _Base(ABC):
     """What all codecs share: the checks, the buffers, and the choice of the backend."""
 
@@ -228,6 +290,7 @@ class _Base(ABC):
     block: int
     average: str
     needs_feedback = False
+    sparse = False
 
     @abstractmethod
     def encoded_bytes(self, n: int) -> int: ...
@@ -300,31 +363,47 @@ class _Base(ABC):
     def _decode_into(
         self, source: np.ndarray, out_N: Tensor, n: int, weight: float, add: bool
     ) -> None:
-        out_N = _checked_vector(out_N, "the output")
-        if len(out_N) != n:
-            raise ValueError(f"the output has {len(out_N)} elements, not {n}")
-        if not abs(weight) <= MAX_MAGNITUDE:
-            raise ValueError(f"weight {weight} is not finite")
+        out_N = _checked_output(out_N, n, weight)
         if n == 0:
             return
         if kernels.compiled() and not out_N.is_cuda:
             self._decode(source, out_N.numpy(), np.float32(weight), add)
             return
+        for start, stop, bytes_B in self._to_read(source, n, out_N):
+            self._merge(bytes_B, start, stop, n, out_N[start:stop], weight, add)
+
+    def _to_read(
+        self, source: np.ndarray, n: int, out_N: Tensor
+    ) -> Iterator[tuple[int, int, np.ndarray | Tensor]]:
+        """Check a payload, bring it to where `out_N` is, and cut it for torch to decode."""
         self._check(source, n)  # for a GPU, too, by the CPU: nothing to wait for afterwards
         bytes_B = _upload(source, out_N.device) if out_N.is_cuda else source
-        for start, stop in _segments(n, out_N.is_cuda):
-            # Two statements and not add_(alpha=weight): that one fuses where the processor can.
-            part_N = self._read(bytes_B, start, stop, n).mul_(weight)
-            if add:
-                out_N[start:stop].add_(part_N)
-            else:
-                out_N[start:stop].copy_(part_N)
+        for start, stop in _segments(n, self.block, out_N.is_cuda):
+            yield start, stop, bytes_B
+
+    def _merge(
+        self,
+        source: np.ndarray | Tensor,
+        start: int,
+        stop: int,
+        n: int,
+        out_N: Tensor,
+        weight: float,
+        add: bool,
+    ) -> None:
+        """Decode by torch the elements start .. stop of n, weigh, then write or add."""
+        # Two statements and not add_(alpha=weight): that one fuses where the processor can.
+        part_N = self._read(source, start, stop, n).mul_(weight)
+        if add:
+            out_N.add_(part_N)
+        else:
+            out_N.copy_(part_N)
 
     def _encode_by_torch(self, values_N: Tensor, target: np.ndarray | Tensor) -> Tensor:
         """Encode on the device that holds the values. Returns the bits of the largest |x|."""
         n = len(values_N)
         largest = torch.zeros((), dtype=torch.int32, device=values_N.device)
-        for start, stop in _segments(n, values_N.is_cuda):
+        for start, stop in _segments(n, self.block, values_N.is_cuda):
             part = self._write(values_N[start:stop], target, start, n)
             largest = torch.maximum(largest, part)
         return largest
@@ -369,7 +448,7 @@ class _Floats(_Base):
         if kernels.compiled():
             self._refuse(self._largest(source))
             return
-        for start, stop in _segments(n):
+        for start, stop in _segments(n, self.block):
             self._refuse(int(_largest(self._read(source, start, stop, n))))
 
     @staticmethod
@@ -439,13 +518,64 @@ class _Bf16(_Floats):
         return _load(source, 2 * start, 2 * stop).view(torch.bfloat16).to(torch.float32)
 
 
-class _Quantised(_Base):
+class _Scaled(_Base):
+    """Codecs with a scale for each block, all in front, and then for each what is scaled by it."""
+
+    largest_scale: int
+    """Bits, as bfloat16, of the largest scale that is accepted."""
+
+    @abstractmethod
+    def _quanta_bytes(self, n: int) -> int:
+        """Size of n elements from a block's beginning on, without their scales."""
+
+    def encoded_bytes(self, n: int) -> int:
+        return self._scales_bytes(n) + self._quanta_bytes(n)
+
+    def _scales_bytes(self, n: int) -> int:
+        return _SCALE_BYTES * -(-n // self.block)
+
+    def _blocks(
+        self, encoded: np.ndarray, values_N: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Views of (scales_R, quanta_RH, values_RW): of the whole blocks, then of the short one."""
+        n = len(values_N)
+        split = self._scales_bytes(n)
+        scales = encoded[:split].view(np.uint16)
+        quanta = encoded[split:]
+        whole, rest = divmod(n, self.block)
+        cut = self._quanta_bytes(whole * self.block)
+        if whole:
+            values_RW = values_N[: whole * self.block].reshape(whole, self.block)
+            yield scales[:whole], quanta[:cut].reshape(whole, -1), values_RW
+        if rest:
+            yield scales[whole:], quanta[cut:].reshape(1, -1), values_N[-rest:].reshape(1, rest)
+
+    def _check_scales(self, source: np.ndarray, n: int) -> None:
+        scales = source[: self._scales_bytes(n)].view(np.uint16)
+        tiny = np.uint16(_TINY_SCALE)
+        for start in range(0, len(scales), SEGMENT):
+            part = scales[start : start + SEGMENT]
+            # Unsigned: what is below `tiny` wraps to above all, as do a sign bit, infinities, NaNs.
+            if ((part - tiny > self.largest_scale - _TINY_SCALE) & (part != 0)).any():
+                raise ValueError("a scale is negative, not finite, too large or too small")
+
+    def _load_blocks(
+        self, source: np.ndarray | Tensor, start: int, stop: int, n: int
+    ) -> tuple[Tensor, Tensor, int]:
+        """For torch, the elements start .. stop of n: float32 scales_R1, quanta_RH, and W."""
+        width = min(self.block, stop - start)
+        scales = _load(source, self._scales_bytes(start), self._scales_bytes(stop))
+        base = self._scales_bytes(n)
+        quanta = _load(source, base + self._quanta_bytes(start), base + self._quanta_bytes(stop))
+        scale_R = scales.view(torch.bfloat16).to(torch.float32)
+        return scale_R[:, None], quanta.view(len(scale_R), -1), width
+
+
+class _Quantised(_Scaled):
     """Block-wise small integers, see the module's docstring."""
 
     block = BLOCK
     bits: int
-    largest_scale: int
-    """Bits, as bfloat16, of the largest scale that is accepted."""
     encode_kernel: kernels.EncodeBlocks
     decode_kernel: kernels.DecodeBlocks
 
@@ -457,32 +587,9 @@ class _Quantised(_Base):
     def _levels(self, codes_RW: Tensor) -> Tensor:
         """What to multiply by the scale, (R, W) float32."""
 
-    def encoded_bytes(self, n: int) -> int:
-        return self._scales_bytes(n) + self._quanta_bytes(n)
-
-    @staticmethod
-    def _scales_bytes(n: int) -> int:
-        return _SCALE_BYTES * -(-n // BLOCK)
-
     def _quanta_bytes(self, n: int) -> int:
         whole, rest = divmod(n, BLOCK)
         return whole * (BLOCK * self.bits // 8) + -(-rest * self.bits // 8)
-
-    def _blocks(
-        self, encoded: np.ndarray, values_N: np.ndarray
-    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Views of (scales_R, quanta_RH, values_RW): of the whole blocks, then of the short one."""
-        n = len(values_N)
-        split = self._scales_bytes(n)
-        scales = encoded[:split].view(np.uint16)
-        quanta = encoded[split:]
-        whole, rest = divmod(n, BLOCK)
-        cut = self._quanta_bytes(whole * BLOCK)
-        if whole:
-            values_RW = values_N[: whole * BLOCK].reshape(whole, BLOCK)
-            yield scales[:whole], quanta[:cut].reshape(whole, -1), values_RW
-        if rest:
-            yield scales[whole:], quanta[cut:].reshape(1, -1), values_N[-rest:].reshape(1, rest)
 
     def _encode(self, values_N: np.ndarray, target: np.ndarray) -> int:
         blocks = self._blocks(target, values_N)
@@ -494,13 +601,7 @@ class _Quantised(_Base):
             self.decode_kernel(scales, quanta, out_RW, weight, add)
 
     def _check(self, source: np.ndarray, n: int) -> None:
-        scales = source[: self._scales_bytes(n)].view(np.uint16)
-        tiny = np.uint16(_TINY_SCALE)
-        for start in range(0, len(scales), SEGMENT):
-            part = scales[start : start + SEGMENT]
-            # Unsigned: what is below `tiny` wraps to above all, as do a sign bit, infinities, NaNs.
-            if ((part - tiny > self.largest_scale - _TINY_SCALE) & (part != 0)).any():
-                raise ValueError("a scale is negative, not finite, too large or too small")
+        self._check_scales(source, n)
         rest = n % BLOCK
         height = self._quanta_bytes(rest)
         for place in range(rest, height * 8 // self.bits):  # at most seven
@@ -515,13 +616,8 @@ class _Quantised(_Base):
         return largest_R.amax()
 
     def _read(self, source: np.ndarray | Tensor, start: int, stop: int, n: int) -> Tensor:
-        width = min(BLOCK, stop - start)
-        scales = _load(source, self._scales_bytes(start), self._scales_bytes(stop))
-        base = self._scales_bytes(n)
-        quanta = _load(source, base + self._quanta_bytes(start), base + self._quanta_bytes(stop))
-        codes_RW = self._unpacked(quanta.view(-1, self._quanta_bytes(width)), width)
-        scale_R = scales.view(torch.bfloat16).to(torch.float32)
-        return self._levels(codes_RW).mul_(scale_R[:, None]).view(-1)
+        scale_R1, quanta_RH, width = self._load_blocks(source, start, stop, n)
+        return self._levels(self._unpacked(quanta_RH, width)).mul_(scale_R1).view(-1)
 
     def _packed(self, codes_RW: Tensor) -> Tensor:
         """Put the codes of H columns beside those of the next H, (R, H) uint8."""
@@ -655,6 +751,226 @@ class _Int1(_Levelled):
         return codes_RW.to(torch.float32).mul_(2.0).sub_(1.0)
 
 
+class _Top(_Scaled):
+    """The largest of each page, by their index and in two bits; use error feedback."""
+
+    block = PAGE
+    sparse = needs_feedback = True
+    average = "top128"
+    largest_scale = kernels.INT2_LARGEST_SCALE
+
+    def __init__(self, low: int) -> None:
+        self._low = low
+        """Bits of an index that are written as they are: one in 2^low elements is sent."""
+        self._slots = PAGE >> low
+        self.name = f"top{self._slots}"
+
+    def _quanta_bytes(self, n: int) -> int:
+        whole, rest = divmod(n, PAGE)
+        return whole * self._page_bytes(PAGE) + self._page_bytes(rest)
+
+    def _page_bytes(self, width: int) -> int:
+        return kernels.page_layout(width, self._low)[-1]
+
+    def _encode(self, values_N: np.ndarray, target: np.ndarray) -> int:
+        return max(
+            kernels.encode_top(values, scales, pages, self._low)
+            for scales, pages, values in self._blocks(target, values_N)
+        )
+
+    def _check(self, source: np.ndarray, n: int) -> None:
+        self._check_scales(source, n)
+        if not kernels.compiled():
+            for start, stop in _segments(n, PAGE):
+                _, pages_RH, width = self._load_blocks(source, start, stop, n)
+                self._refuse(not self._sound(*self._unpacked(pages_RH, width), width))
+            return
+        split = self._scales_bytes(n)
+        cut = split + n // PAGE * self._page_bytes(PAGE)
+        for pages, width in ((source[split:cut], PAGE), (source[cut:], n % PAGE)):
+            if len(pages):
+                rows_RH = pages.reshape(-1, self._page_bytes(width))
+                self._refuse(kernels.check_top(rows_RH, self._low, width))
+
+    @staticmethod
+    def _refuse(malformed: int) -> None:
+        if malformed:
+            raise ValueError("indices do not ascend within their page, or padding is not zero")
+
+    def _decode(self, source: np.ndarray, out_N: np.ndarray, weight: np.float32, add: bool) -> None:
+        self._check_scales(source, len(out_N))
+        for scales, pages, out_RW in self._blocks(source, out_N):
+            self._refuse(kernels.decode_top(scales, pages, out_RW, weight, add, self._low))
+
+    def decode_add_sent(
+        self, payload: Buffer, n: int, weight: float, into_N: Tensor, sent_N: Tensor
+    ) -> None:
+        source = self._bytes(payload, n)
+        into_N, sent_N = (_checked_output(each_N, n, weight) for each_N in (into_N, sent_N))
+        if into_N.device != sent_N.device:
+            raise ValueError(f"the outputs are on {into_N.device} and on {sent_N.device}")
+        if n == 0:
+            return
+        if kernels.compiled() and not into_N.is_cuda:
+            self._check_scales(source, n)
+            both = (self._blocks(source, each_N.numpy()) for each_N in (into_N, sent_N))
+            for (scales, pages, into_RW), (_, _, sent_RW) in zip(*both, strict=True):
+                rounded = np.float32(weight)
+                self._refuse(
+                    kernels.add_sent_top(scales, pages, into_RW, sent_RW, rounded, self._low)
+                )
+            return
+        for start, stop, bytes_B in self._to_read(source, n, into_N):
+            scale_R1, places_RC, values_RC = self._sent(bytes_B, start, stop, n)
+            weighed_RC = values_RC.mul_(weight)
+            weights_RC = torch.full_like(weighed_RC, weight)
+            for each_N, more_RC in ((into_N, weighed_RC), (sent_N, weights_RC)):
+                rows_RW = each_N[start:stop].view(len(places_RC), -1)
+                before_RC = rows_RW.gather(1, places_RC)
+                after_RC = torch.where(scale_R1 == 0, before_RC, before_RC + more_RC)
+                rows_RW.scatter_(1, places_RC, after_RC)
+
+    def _write(self, part_N: Tensor, target: np.ndarray | Tensor, start: int, n: int) -> Tensor:
+        values_RW = part_N.view(-1, min(PAGE, len(part_N)))
+        width = values_RW.shape[1]
+        count = kernels.page_layout(width, self._low)[0]
+        magnitudes_RW = values_RW.view(torch.int32) & _SIGNLESS
+        # Unique keys, so that which of the equal ones are largest is not the processor's choice.
+        behind_W = torch.arange(PAGE - 1, PAGE - 1 - width, -1, device=part_N.device)
+        keys_RC = ((magnitudes_RW.to(torch.int64) << 12) | behind_W).topk(count, 1).values
+        places_RC = (PAGE - 1 - (keys_RC & (PAGE - 1))).sort(1).values
+        values_RC = values_RW.gather(1, places_RC)
+        shares_RS = _shares(values_RC, self._slots)
+        scales_R = _mean_scales(shares_RS, 1.0, count / self._slots, self.largest_scale)
+        nothing_R = scales_R == 0
+        step_R = scales_R.masked_fill(nothing_R, _ONE_SCALE).bitwise_left_shift_(16)
+        # 1.25 has three bits and the scale eight: exact. Without a scale as in int2.
+        step_R1 = step_R.view(torch.float32)[:, None] * 1.25
+        middle_R1 = -nothing_R.to(torch.float32)[:, None]
+        codes_RC = (values_RC >= -step_R1).view(torch.uint8)
+        codes_RC += (values_RC >= middle_R1).view(torch.uint8)
+        codes_RC += (values_RC >= step_R1).view(torch.uint8)
+        high_R2C = torch.zeros(len(places_RC), 2 * count, dtype=torch.uint8, device=part_N.device)
+        order_C = torch.arange(count, device=part_N.device)
+        high_R2C.scatter_(1, (places_RC >> self._low) + order_C, 1)
+        pages_RH = torch.cat(
+            [
+                _bytes_of(_bits_of(places_RC, self._low)),
+                _bytes_of(high_R2C),
+                _bytes_of(_bits_of(codes_RC, 2)),
+            ],
+            dim=1,
+        )
+        _store(target, self._scales_bytes(start), scales_R.to(torch.int16))
+        _store(target, self._scales_bytes(n) + self._quanta_bytes(start), pages_RH)
+        return magnitudes_RW.amax()
+
+    def _unpacked(self, pages_RH: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Indices, (R, C) int64; codes, (R, C) uint8; and what of each page must be zero.
+
+        The indices of a page that is not sound are any numbers, the last of them may be too large.
+        """
+        count, high, codes, _ = kernels.page_layout(width, self._low)
+        low_RB, high_RB, code_RB = (
+            _bits_of(part_RH, 8)
+            for part_RH in (pages_RH[:, :high], pages_RH[:, high:codes], pages_RH[:, codes:])
+        )
+        ends = (count * self._low, 2 * count, 2 * count)
+        strings = (low_RB, high_RB, code_RB)
+        padding = [bits_RB[:, end:] for bits_RB, end in zip(strings, ends, strict=True)]
+        ones_R1 = high_RB[:, : 2 * count].sum(1, keepdim=True)
+        padding_RB = torch.cat([*padding, (ones_R1 != count).view(torch.uint8)], dim=1)
+        # Where the ones are, ascending; those that are missing are at the end.
+        bit_B = torch.arange(2 * count, device=pages_RH.device)
+        ones_RB = torch.where(high_RB[:, : 2 * count] == 1, bit_B, 2 * count).sort(1).values
+        buckets_RC = ones_RB[:, :count] - bit_B[:count]
+        lows_RC = _numbers_of(low_RB[:, : ends[0]], self._low)
+        codes_RC = _numbers_of(code_RB[:, : ends[2]], 2)
+        return (buckets_RC << self._low) | lows_RC, codes_RC, padding_RB
+
+    @staticmethod
+    def _sound(places_RC: Tensor, codes_RC: Tensor, padding_RB: Tensor, width: int) -> bool:
+        ascending = (places_RC[:, 1:] > places_RC[:, :-1]).all()
+        return bool(ascending & (places_RC < width).all() & ~padding_RB.any())
+
+    def _sent(
+        self, source: np.ndarray | Tensor, start: int, stop: int, n: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Scales, (R, 1); indices within each page, (R, C); and what was sent there, (R, C)."""
+        scale_R1, pages_RH, width = self._load_blocks(source, start, stop, n)
+        places_RC, codes_RC, _ = self._unpacked(pages_RH, width)
+        above_RC = codes_RC.to(torch.float32).sub_(1.5)  # -1.5, -0.5, 0.5, 1.5
+        levels_RC = above_RC.sign() * (above_RC.abs() * 0.5 + 0.75)
+        return scale_R1, places_RC, levels_RC.mul_(scale_R1)
+
+    def _read(self, source: np.ndarray | Tensor, start: int, stop: int, n: int) -> Tensor:
+        _, places_RC, values_RC = self._sent(source, start, stop, n)
+        part_RW = values_RC.new_zeros(len(places_RC), min(PAGE, stop - start))
+        return part_RW.scatter_(1, places_RC, values_RC).view(-1)
+
+    def _merge(
+        self,
+        source: np.ndarray | Tensor,
+        start: int,
+        stop: int,
+        n: int,
+        out_N: Tensor,
+        weight: float,
+        add: bool,
+    ) -> None:
+        # What was not sent is left alone, or +0: not changed by what is added, or the sign of it.
+        _, places_RC, values_RC = self._sent(source, start, stop, n)
+        rows_RW = out_N.view(len(places_RC), -1)
+        values_RC.mul_(weight)
+        if add:
+            values_RC = rows_RW.gather(1, places_RC).add_(values_RC)
+        else:
+            rows_RW.zero_()
+        rows_RW.scatter_(1, places_RC, values_RC)
+
+
+def _bits_of(numbers_RC: Tensor, width: int) -> Tensor:
+    """The `width` lowest bits of each, lowest first, one after the other, (R, C * width) uint8."""
+    shift_B = torch.arange(width, dtype=numbers_RC.dtype, device=numbers_RC.device)
+    bits_RCB = (numbers_RC[:, :, None] >> shift_B) & 1
+    return bits_RCB.to(torch.uint8).flatten(1)
+
+
+def _numbers_of(bits_RB: Tensor, width: int) -> Tensor:
+    """The reverse, (R, C) uint8: at most 8 bits each."""
+    shift_B = torch.arange(width, dtype=torch.uint8, device=bits_RB.device)
+    bits_RCB = bits_RB.view(len(bits_RB), -1, width)
+    return (bits_RCB << shift_B).sum(2, dtype=torch.uint8)
+
+
+def _bytes_of(bits_RB: Tensor) -> Tensor:
+    """Bits as bytes, zeros after the last, (R, H) uint8."""
+    return _numbers_of(torch.nn.functional.pad(bits_RB, (0, -bits_RB.shape[1] % 8)), 8)
+
+
+def mean_of_sent(into_N: Tensor, sent_N: Tensor) -> None:
+    """Divide sums by the weights of those who sent something: `into /= sent`, and 0 where none did.
+
+    Args:
+        into_N: (n,) float32, contiguous, on the CPU or a CUDA device: what `decode_add_sent` added
+            up. Changed in place, each element by one correctly rounded division.
+        sent_N: the same, on the same device, in other memory: the sums of the weights.
+
+    Raises:
+        ValueError: a mistake in the arguments.
+    """
+    into_N, sent_N = _checked_vector(into_N, "sums"), _checked_vector(sent_N, "weights")
+    if len(into_N) != len(sent_N) or into_N.device != sent_N.device:
+        raise ValueError(f"{len(into_N)} sums, and {len(sent_N)} weights of what was sent")
+    if kernels.compiled() and not into_N.is_cuda:
+        kernels.divide_by_sent(into_N.numpy(), sent_N.numpy())
+        return
+    for start, stop in _segments(len(into_N), 1, into_N.is_cuda):
+        part_N = sent_N[start:stop]
+        quotient_N = into_N[start:stop] / part_N
+        into_N[start:stop].copy_(quotient_N.masked_fill_(~(part_N > 0), 0.0))
+
+
 def _shares(values_RB: Tensor, count: int) -> Tensor:
     """What each element adds to a mean of `count`, (R, count): zeros where rows are shorter."""
     rows, width = values_RB.shape
@@ -677,10 +993,10 @@ def _mean_scales(shares_RC: Tensor, factor: float, filled: float, largest: int) 
     return bits_R.masked_fill_(bits_R < _TINY_SCALE, 0)
 
 
-def _segments(n: int, on_device: bool = False) -> Iterator[tuple[int, int]]:
+def _segments(n: int, block: int, on_device: bool = False) -> Iterator[tuple[int, int]]:
     """Cut 0..n into (start, stop), each of whole blocks, but for a last rest."""
     step = DEVICE_SEGMENT if on_device else SEGMENT
-    whole = n - n % BLOCK
+    whole = n - n % block
     for start in range(0, whole, step):
         yield start, min(start + step, whole)
     if whole < n:
@@ -732,9 +1048,10 @@ def _upload(source: np.ndarray, device: torch.device) -> Tensor:
         return landed_B
 
 
-_CODECS: Final[dict[str, Codec]] = {
-    each.name: each for each in (_Fp32(), _Bf16(), _Int8(), _Int4(), _Int2(), _Int1())
-}
+_SPARSE: Final[dict[str, SparseCodec]] = {each.name: each for each in (_Top(6), _Top(5))}
+
+_DENSE: Final = (_Fp32(), _Bf16(), _Int8(), _Int4(), _Int2(), _Int1())
+_CODECS: Final[dict[str, Codec]] = {**{each.name: each for each in _DENSE}, **_SPARSE}
 
 
 def codec(name: str) -> Codec:
@@ -750,6 +1067,16 @@ def codec(name: str) -> Codec:
         raise ConfigError(f"unknown codec {name!r}: use one of {known}") from None
 
 
+def sparse_codec(name: str) -> SparseCodec | None:
+    """The codec that a run file names, if it is a sparse one; None if it is dense.
+
+    Raises:
+        ConfigError: nobody knows it.
+    """
+    codec(name)
+    return _SPARSE.get(name)
+
+
 def prepare(name: str) -> None:
     """Compile what a codec needs, or load it: up to some seconds, better before the first round.
 
@@ -759,3 +1086,8 @@ def prepare(name: str) -> None:
     payload = each.encode(torch.zeros(BLOCK))
     each.validate(payload, BLOCK)
     each.decode_add(payload, BLOCK, 1.0, torch.zeros(BLOCK))
+    sparse = sparse_codec(name)
+    if sparse is not None:
+        into_N, sent_N = torch.zeros(2, BLOCK)
+        sparse.decode_add_sent(payload, BLOCK, 1.0, into_N, sent_N)
+        mean_of_sent(into_N, sent_N)

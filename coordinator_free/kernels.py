@@ -10,8 +10,8 @@ Guarantees.
   reorders a sum. Maxima are of integers: the bit pattern of a non-negative float grows with its
   value, and those of infinities and NaNs lie above all numbers.
 - No kernel reads or writes outside its arrays, whatever bytes they hold: each index is bounded by a
-  shape, never by a value. Shapes are the callers' business: they check lengths first, and no kernel
-  checks them again.
+  shape, or compared with one before it is used (`_places`: what a peer says it sent). Shapes are
+  the callers' business: they check lengths first, and no kernel checks them again.
 - Any alignment, read-only inputs, and the GIL is released throughout. Kernels hold no state.
 
 A kernel is compiled when it is first called, or loaded from numba's cache on disk (`__pycache__`
@@ -19,7 +19,8 @@ beside this file, else the user's cache folder, else nowhere): about half a seco
 milliseconds. Importing this module imports no numba. Signatures are explicit because numba would
 otherwise compile a kernel once for every mixture of alignment and writability.
 
-In the shapes, R rows are the blocks that share a scale, W elements wide, H bytes when encoded.
+In the shapes, R rows are the blocks that share a scale, W elements wide, H bytes when encoded; of a
+sparse codec's, C elements are sent.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ _ROUND: Final = np.float32(1.5 * 2.0**23)
 _ROUND_8: Final = np.float32(1.5 * 2.0**23 + 8)
 _ZERO: Final = np.float32(0.0)
 _ONE: Final = np.float32(1.0)
+_ONE_AND_QUARTER: Final = np.float32(1.25)
 _ONE_AND_HALF: Final = np.float32(1.5)
 _SEVEN: Final = np.float32(7.0)
 _EIGHT: Final = np.float32(8.0)
@@ -83,7 +85,7 @@ def _numba() -> Any:
                 numba = importlib.import_module("numba")
                 extending = importlib.import_module("numba.extending")
                 if not numba.config.DISABLE_JIT:  # somebody debugs: torch is faster than Python
-                    for helper in (bits_of, _real, _scale_bits, _shrunk, _mean, _mean_scale_bits):
+                    for helper in _HELPERS:
                         extending.register_jitable(helper)
                     _module = numba
             _loaded = True
@@ -138,6 +140,23 @@ class Kernel(Generic[P]):
 
 EncodeBlocks = Kernel[np.ndarray, np.ndarray, np.ndarray]
 DecodeBlocks = Kernel[np.ndarray, np.ndarray, np.ndarray, np.float32, bool]
+
+
+def page_layout(width: int, low: int) -> tuple[int, int, int, int]:
+    """How a page of a sparse codec is laid out, see the docstring of `codecs`.
+
+    Args:
+        width: elements of the page.
+        low: bits of an index that are written as they are.
+
+    Returns:
+        The elements that are sent, and the bytes at which the high parts of their indices begin,
+        their codes, and the next page.
+    """
+    count = (width + (1 << low) - 1) >> low
+    high = (count * low + 7) >> 3
+    codes = high + ((2 * count + 7) >> 3)
+    return count, high, codes, codes + ((2 * count + 7) >> 3)
 
 
 def _type(types: Any, name: str) -> Any:
@@ -205,6 +224,67 @@ def _mean_scale_bits(scale: Any, largest: Any) -> Any:
     bits: Any = np.int32(exact + 0x7FFF + ((exact >> 16) & 1)) >> 16
     bits = min(bits, largest)
     return 0 if _real(bits << 16) < _TINY else bits
+
+
+def _threshold(magnitudes_W: Any, largest: Any, count: Any) -> Any:
+    """The `count`th largest of some bit patterns, and how many are larger than it.
+
+    Halving the range that it lies in, with a count of all in each step, is quicker than to sort or
+    to make a histogram: in a loop without branches, 4096 take as long as a hundred swaps.
+    """
+    lower, upper, beyond = np.int64(0), np.int64(largest) + 1, np.int64(0)
+    while upper - lower > 1:
+        middle = np.int32((lower + upper) >> 1)
+        found = np.int32(0)
+        for i in range(len(magnitudes_W)):
+            found += np.int32(magnitudes_W[i] >= middle)
+        if found >= count:
+            lower = np.int64(middle)
+        else:
+            upper, beyond = np.int64(middle), np.int64(found)
+    return lower, beyond
+
+
+def _places(pages_RH: Any, r: Any, low: Any, width: Any, places_C: Any) -> Any:
+    """Read the indices of a page. False if they do not ascend within the page, or are not C."""
+    count, high, codes, end = page_layout(width, low)
+    found, bucket, before = 0, 0, -1
+    for bit in range(2 * count):
+        if (pages_RH[r, high + (bit >> 3)] >> (bit & 7)) & 1:
+            if found == count:
+                return False
+            # Two bytes hold any index's low bits; behind the last ones is another part.
+            first = found * low
+            pair = np.int64(pages_RH[r, first >> 3]) | np.int64(pages_RH[r, (first >> 3) + 1]) << 8
+            place = bucket << low | (pair >> (first & 7)) & ((1 << low) - 1)
+            if place <= before or place >= width:
+                return False
+            places_C[found] = place
+            before = place
+            found += 1
+        else:
+            bucket += 1
+    if (count * low) & 7 and pages_RH[r, high - 1] >> ((count * low) & 7):
+        return False
+    if (2 * count) & 7:
+        padding = pages_RH[r, codes - 1] >> ((2 * count) & 7)
+        padding |= pages_RH[r, end - 1] >> ((2 * count) & 7)
+        if padding:
+            return False
+    return found == count
+
+
+def _top_value(pages_RH: Any, r: Any, codes: Any, i: Any, scale: Any) -> Any:
+    """What the ith sent element of a page decodes to; exact."""
+    code = (pages_RH[r, codes + (i >> 2)] >> (2 * (i & 3))) & 3
+    value = scale if code == 1 or code == 2 else _ONE_AND_HALF * scale
+    return value if code > 1 else -value
+
+
+_HELPERS: Final = (
+    *(bits_of, _real, _scale_bits, _shrunk, _mean, _mean_scale_bits),
+    *(page_layout, _threshold, _places, _top_value),
+)
 
 
 @kernel("float32[:]")
@@ -463,6 +543,134 @@ def decode_int1(scales_R: Any, quanta_RH: Any, out_RW: Any, weight: Any, add: An
                     out_RW[r, np.uintp(first + i)] += value
                 else:
                     out_RW[r, np.uintp(first + i)] = value
+    return 0
+
+
+@kernel("float32[:,:]", "uint16[:]!", "uint8[:,:]!", "int64")
+def encode_top(values_RW: Any, scales_R: Any, pages_RH: Any, low: Any) -> Any:
+    """Returns the bits of the largest |x|; above what the codec carries, the output is garbage."""
+    wildest = np.int32(0)
+    rows, width = values_RW.shape
+    count, high, codes, end = page_layout(width, low)
+    slots = 4096 >> low  # of the sum; a short page fills a part of them
+    per_slot = _ONE / np.float32(slots)
+    magnitudes = np.empty(width, np.int32)
+    places = np.empty(count, np.int64)
+    sums = np.empty(slots, np.float32)
+    for r in range(rows):
+        largest = np.int32(0)
+        for i in range(width):
+            magnitude = np.int32(bits_of(values_RW[r, i]) & MAGNITUDE)
+            magnitudes[i] = magnitude
+            if magnitude > largest:
+                largest = magnitude
+        if largest > wildest:
+            wildest = largest
+        least, beyond = _threshold(magnitudes, largest, count)
+        spare = count - beyond  # of those that are just as large, the first
+        found = 0
+        for i in range(width):
+            if magnitudes[i] >= least:
+                if magnitudes[i] == least:
+                    if spare == 0:
+                        continue
+                    spare -= 1
+                places[found] = i
+                found += 1
+        for i in range(slots):
+            x = abs(values_RW[r, places[i]]) if i < count else _ZERO
+            sums[i] = x * per_slot if x > _FLOOR else _ZERO
+        half = slots >> 1
+        while half:
+            for i in range(half):
+                sums[i] += sums[i + half]
+            half >>= 1
+        mean = sums[0] / (np.float32(count) * per_slot)
+        bits = _mean_scale_bits(mean, INT2_LARGEST_SCALE)
+        scales_R[r] = np.uint16(bits)
+        # Without a scale, thresholds between which all elements of such a page lie: +0 for each.
+        step = _ONE_AND_QUARTER * _real(bits << 16) if bits > 0 else _ONE
+        middle = _ZERO if bits > 0 else -_ONE
+        for i in range(end):
+            pages_RH[r, i] = np.uint8(0)
+        for i in range(count):
+            x = values_RW[r, places[i]]
+            code = np.int64(x >= -step) + np.int64(x >= middle) + np.int64(x >= step)
+            pages_RH[r, codes + (i >> 2)] |= np.uint8(code << 2 * (i & 3))
+            bit = (places[i] >> low) + i
+            pages_RH[r, high + (bit >> 3)] |= np.uint8(1 << (bit & 7))
+            bit = i * low
+            part = (places[i] & ((1 << low) - 1)) << (bit & 7)
+            pages_RH[r, bit >> 3] |= np.uint8(part & 255)
+            if part > 255:
+                pages_RH[r, (bit >> 3) + 1] |= np.uint8(part >> 8)
+    return wildest
+
+
+@kernel("uint8[:,:]", "int64", "int64")
+def check_top(pages_RH: Any, low: Any, width: Any) -> Any:
+    """Returns how many pages are malformed."""
+    count, _, _, _ = page_layout(width, low)
+    places = np.empty(count, np.int64)
+    malformed = 0
+    for r in range(len(pages_RH)):
+        if not _places(pages_RH, r, low, width, places):
+            malformed += 1
+    return malformed
+
+
+@kernel("uint16[:]", "uint8[:,:]", "float32[:,:]!", "float32", "boolean", "int64")
+def decode_top(scales_R: Any, pages_RH: Any, out_RW: Any, weight: Any, add: Any, low: Any) -> Any:
+    """Weigh, then write or add. Scales have been checked. Returns how many pages are malformed."""
+    rows, width = out_RW.shape
+    count, _, codes, _ = page_layout(width, low)
+    places = np.empty(count, np.int64)
+    malformed = 0
+    for r in range(rows):
+        if not _places(pages_RH, r, low, width, places):
+            malformed += 1
+            continue
+        scale = _real(np.int32(scales_R[r]) << 16)
+        if not add:
+            for i in range(width):
+                out_RW[r, i] = _ZERO
+        for i in range(count):
+            value = _top_value(pages_RH, r, codes, i, scale) * weight
+            if add:
+                out_RW[r, places[i]] += value
+            else:
+                out_RW[r, places[i]] = value
+    return malformed
+
+
+@kernel("uint16[:]", "uint8[:,:]", "float32[:,:]!", "float32[:,:]!", "float32", "int64")
+def add_sent_top(
+    scales_R: Any, pages_RH: Any, into_RW: Any, sent_RW: Any, weight: Any, low: Any
+) -> Any:
+    """Weigh and add, and add the weight to `sent`. Returns how many pages are malformed."""
+    rows, width = into_RW.shape
+    count, _, codes, _ = page_layout(width, low)
+    places = np.empty(count, np.int64)
+    malformed = 0
+    for r in range(rows):
+        if not _places(pages_RH, r, low, width, places):
+            malformed += 1
+            continue
+        if scales_R[r] == 0:  # a page of nothing says nothing
+            continue
+        scale = _real(np.int32(scales_R[r]) << 16)
+        for i in range(count):
+            into_RW[r, places[i]] += _top_value(pages_RH, r, codes, i, scale) * weight
+            sent_RW[r, places[i]] += weight
+    return malformed
+
+
+@kernel("float32[:]!", "float32[:]")
+def divide_by_sent(into_N: Any, sent_N: Any) -> Any:
+    """`codecs.mean_of_sent`."""
+    for i in range(len(into_N)):
+        quotient = into_N[i] / sent_N[i]
+        into_N[i] = quotient if sent_N[i] > _ZERO else _ZERO
     return 0
 
 

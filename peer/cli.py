@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 LINK_FILE_S = 120.0
 STOP_S = 30.0
-CODECS = ("fp32", "bf16", "int8", "int4", "int2", "int1")
+CODECS = ("fp32", "bf16", "int8", "int4", "int2", "int1", "top64", "top128")
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 

@@ -16,23 +16,35 @@ from coordinator_free import kernels
 from coordinator_free.codecs import (
     BLOCK,
     MAX_MAGNITUDE,
+    PAGE,
     SEGMENT,
     TINY,
     Codec,
     NonFinite,
+    SparseCodec,
     codec,
+    mean_of_sent,
     prepare,
+    sparse_codec,
 )
 from dht.errors import ConfigError
 
-NAMES = ["fp32", "bf16", "int8", "int4", "int2", "int1"]
+SPARSE = ["top64", "top128"]
+NAMES = ["fp32", "bf16", "int8", "int4", "int2", "int1", *SPARSE]
 QUANTISED = ["int8", "int4", "int2", "int1"]
 BITS = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4, "int2": 2, "int1": 1}
+ONE_IN = {"top64": 64, "top128": 32}
 LENGTHS = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 63, 64, 65, 127, 128, 129, 130, 131]
 LENGTHS += [253, 254, 255, 256, 257, 258, 259, 260, 383, 511, 512, 513, 2 * BLOCK + 129]
+LENGTHS += [PAGE - 1, PAGE, PAGE + 1, 2 * PAGE + 97]
 REFUSAL = "bytes are not|not finite|scale is|padding"
 Q_MAX = {"int8": 127, "int4": 7}
-FEEDBACK = {"int2": 10, "int1": 20}  # what is kept is at most so many times what is to be sent
+FEEDBACK = {
+    "int2": 10,
+    "int1": 20,
+    "top64": 40,
+    "top128": 25,
+}  # what is kept is at most so many times what is to be sent
 
 GOLDEN_DIGESTS = {
     "fp32": "78c6ebdc7b94b5ba",
@@ -41,6 +53,8 @@ GOLDEN_DIGESTS = {
     "int4": "5f11a789bd4ee035",
     "int2": "201ca68db7a1386d",
     "int1": "c14336ee143bba2c",
+    "top64": "11c37b299565fce2",
+    "top128": "54b3f76120ca6135",
 }
 
 finite = st.floats(-MAX_MAGNITUDE, MAX_MAGNITUDE, width=32, allow_nan=False)
@@ -213,19 +227,19 @@ def test_a_wild_fp32_payload_is_refused(value: float) -> None:
         refused("fp32", values.tobytes(), n, "not finite")
 
 
-@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize("name", [*QUANTISED, *SPARSE])
 @pytest.mark.parametrize(
     "bits", [0x7F80, 0x7FC0, 0xFFC0, 0xBF80, 0x8000, 0x7F01, 0x0001, 0x037F], ids=hex
 )
 def test_a_wild_scale_is_refused_in_any_block(name: str, bits: int) -> None:
-    n = 2 * BLOCK + 1
+    n = 2 * codec(name).block + 1
     for block in range(3):
         payload = np.frombuffer(bytes(codec(name).encode(torch.ones(n))), np.uint8).copy()
         payload[: 2 * 3].view(np.uint16)[block] = bits
         refused(name, payload.tobytes(), n, "scale")
 
 
-@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize("name", [*QUANTISED, *SPARSE])
 def test_the_largest_scale_that_is_sent_is_the_largest_accepted(name: str) -> None:
     values = torch.full((BLOCK,), MAX_MAGNITUDE)
     payload = np.frombuffer(bytes(codec(name).encode(values)), np.uint8).copy()
@@ -293,7 +307,9 @@ def test_largest_and_tiniest_numbers_survive(any_codec: Codec) -> None:
         values = torch.full((BLOCK + 1,), value)
         decoded = any_codec.decode(any_codec.encode(values), len(values))
         assert torch.isfinite(decoded).all()
-        rtol = 0.51 if any_codec.name == "int2" else 0.01
+        if any_codec.sparse:  # the first ones, as all are as large
+            values[-(-len(values) // ONE_IN[any_codec.name]) :] = 0
+        rtol = 0.51 if any_codec.name in ("int2", *SPARSE) else 0.01
         torch.testing.assert_close(decoded, values, rtol=rtol, atol=TINY * 128)
 
 
@@ -311,6 +327,9 @@ def test_golden_bytes() -> None:
         "int2": "603f0b09",
         # mean = 0.7006 rounds to 0.69921875 = 0x3f33; signs 1 0 1 1 0
         "int1": "333f0d",
+        # One of five, the last: 4 in six bits, in the first bucket, -1 times 1.75 = 0x3fe0
+        "top64": "e03f040101",
+        "top128": "e03f040101",
     }
     for name, expected in golden.items():
         assert bytes(codec(name).encode(values)).hex() == expected
@@ -399,9 +418,9 @@ def test_int2_is_near_the_best_four_levels_for_a_gaussian() -> None:
 
 
 def test_slices_cut_at_blocks_encode_as_the_whole_does(any_codec: Codec) -> None:
-    values = torch.randn(2 * SEGMENT + 3 * BLOCK + 17, generator=torch.manual_seed(1))
+    values = torch.randn(2 * SEGMENT + 3 * PAGE + 17, generator=torch.manual_seed(1))
     whole = any_codec.decode(any_codec.encode(values), len(values))
-    cut = SEGMENT + BLOCK
+    cut = SEGMENT + max(BLOCK, any_codec.block)
     parts = [any_codec.decode(any_codec.encode(p), len(p)) for p in (values[:cut], values[cut:])]
     assert torch.equal(torch.cat(parts), whole)
 
@@ -420,6 +439,9 @@ def test_decode_add_rounds_twice_like_numpy(any_codec: Codec) -> None:
     # Products and sums of these are exact, or nearly, in float64: what fused operations would give.
     fused = (before.numpy() + np.float64(np.float32(0.3)) * decoded).astype(np.float32)
     differ = fused != twice
+    if any_codec.sparse:
+        assert differ.any()
+        return
     for lane in range(64):  # in every lane of a vector unit, and after the last whole one
         assert differ[lane::64].any(), "the test cannot tell"
 
@@ -479,10 +501,13 @@ def test_sizes_are_what_the_run_file_promises() -> None:
     assert codec("int4").encoded_bytes(n) / n == pytest.approx(0.5 + 2 / BLOCK, rel=1e-3)
     assert codec("int2").encoded_bytes(n) / n == pytest.approx(0.25 + 2 / BLOCK, rel=1e-3)
     assert codec("int1").encoded_bytes(n) / n == pytest.approx(0.125 + 2 / BLOCK, rel=1e-3)
+    # A bfloat16, and for each of those sent an index of 8 or 7 bits and a value of 2.
+    assert codec("top64").encoded_bytes(100 * PAGE) == 100 * (2 + 64 * (8 + 2) // 8)
+    assert codec("top128").encoded_bytes(100 * PAGE) == 100 * (2 + 128 * (7 + 2) // 8)
 
 
 def test_an_unknown_codec_is_a_config_error_that_lists_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"'fp8'.*fp32, bf16, int8, int4, int2, int1"):
+    with pytest.raises(ConfigError, match=rf"'fp8'.*{', '.join(NAMES)}"):
         codec("fp8")
 
 
@@ -496,7 +521,9 @@ def test_what_comes_back_is_of_a_codec_that_averages_in_itself(any_codec: Codec)
     back = codec(any_codec.average)
     assert back.average == back.name
     assert back.needs_feedback == any_codec.needs_feedback
-    assert (any_codec.name == back.name) == (any_codec.name != "int1")
+    assert (any_codec.name == back.name) == (any_codec.name not in ("int1", "top64"))
+    assert any_codec.sparse == back.sparse == (sparse_codec(any_codec.name) is any_codec)
+    assert any_codec.sparse or sparse_codec(any_codec.name) is None
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -532,3 +559,204 @@ def test_with_feedback_the_mean_of_what_was_sent_comes_near_what_was_to_be(
         assert off[k] < FEEDBACK[name] / k
     # Without it, the mean stays as far off as the first message.
     assert off[1] > 2 * off[256]
+
+
+def the_sparse(name: str) -> SparseCodec:
+    found = sparse_codec(name)
+    assert found is not None
+    return found
+
+
+def reference_of_top(name: str, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What is sent and what it decodes to, by numpy, page by page."""
+    sent, decoded = np.zeros(len(values), bool), np.zeros_like(values)
+    slots = PAGE // ONE_IN[name]
+    for start in range(0, len(values), PAGE):
+        page = values[start : start + PAGE]
+        count = -(-len(page) // ONE_IN[name])
+        places = np.sort(np.argsort(-np.abs(page), kind="stable")[:count])
+        shares = np.zeros(slots, np.float32)
+        shares[:count] = np.abs(page[places]) * np.float32(1 / slots)
+        while len(shares) > 1:
+            shares = shares[: len(shares) // 2] + shares[len(shares) // 2 :]
+        bits = (shares / np.float32(count / slots)).view(np.uint32)[0]
+        bits += np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))
+        scale = (bits & np.uint32(0xFFFF0000)).view(np.float32)
+        far = np.searchsorted(np.float32([-1.25, 0, 1.25]) * scale, page[places], side="right")
+        decoded[start + places] = np.float32([-1.5, -1, 1, 1.5])[far] * scale
+        sent[start + places] = True
+    return sent, decoded
+
+
+@pytest.mark.parametrize("name", SPARSE)
+@pytest.mark.parametrize("kind", ["gaussian", "ties", "outliers"])
+@pytest.mark.parametrize("n", [1, 63, 64, 65, 1000, PAGE - 1, PAGE, PAGE + 1, 3 * PAGE + 130])
+def test_the_largest_are_sent_as_numpy_finds_them(name: str, kind: str, n: int) -> None:
+    values = np.random.default_rng(n).standard_normal(n).astype(np.float32)
+    if kind == "ties":
+        values = np.rint(values * 2) / 2 + np.float32(0.25)
+    elif kind == "outliers":
+        values **= 5
+    payload = codec(name).encode(torch.from_numpy(values))
+    sent, expected = reference_of_top(name, values)
+    decoded = codec(name).decode(payload, n).numpy()
+    assert decoded.tobytes() == expected.tobytes()
+    into, weights = torch.zeros(n), torch.full((n,), 0.125)
+    the_sparse(name).decode_add_sent(payload, n, 0.25, into, weights)
+    assert np.array_equal(into.numpy(), expected * np.float32(0.25))
+    assert np.array_equal(weights.numpy(), np.where(sent, np.float32(0.375), np.float32(0.125)))
+    # What is not sent is not larger than what is.
+    for start in range(0, n, PAGE):
+        page, there = np.abs(values[start : start + PAGE]), sent[start : start + PAGE]
+        assert page[~there].max(initial=0) <= page[there].min()
+
+
+@pytest.mark.parametrize("name", SPARSE)
+@given(values=vectors)
+@settings(deadline=None)
+def test_what_is_sent_stays_within_the_documented_bound(name: str, values: np.ndarray) -> None:
+    n = len(values)
+    payload = codec(name).encode(torch.from_numpy(values))
+    assert payload.nbytes == codec(name).encoded_bytes(n)
+    codec(name).validate(payload, n)
+    decoded = codec(name).decode(payload, n).numpy().astype(np.float64)
+    sent = decoded != 0
+    magnitude = np.abs(values.astype(np.float64))
+    if not sent.any():  # a scale of 0
+        assert magnitude.max(initial=0) <= 128 * 2.0**-110
+        return
+    count = -(-n // ONE_IN[name])
+    assert sent.sum() == count
+    scale = sent_scales(payload, n)[0]
+    nearest = np.minimum(np.abs(magnitude - scale), np.abs(magnitude - 1.5 * scale))
+    assert (np.abs(decoded - values) == np.where(sent, nearest, magnitude)).all()
+    ideal = min(np.sort(magnitude)[-count:].mean(), MAX_MAGNITUDE / 1.5)
+    assert abs(scale - ideal) <= ideal * (2.0**-8 + 2.0**-20) + 2.0**-110
+
+
+def refused_sparse(name: str, payload: bytes, n: int) -> None:
+    """By each of the four that look at payloads."""
+    refused(name, payload, n, "indices")
+    with pytest.raises(ValueError, match="indices"):
+        the_sparse(name).decode_add_sent(payload, n, 0.5, torch.zeros(n), torch.zeros(n))
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_indices_that_nobody_makes_are_refused(name: str) -> None:
+    """Of a whole page and a short one of 100: mangled in one place at a time."""
+    n = PAGE + 100
+    c = codec(name)
+    spread = torch.zeros(n)
+    spread[:: ONE_IN[name]] = 1.0  # so that each bucket has one, at its beginning
+    sound = bytes(c.encode(spread))
+    c.validate(sound, n)
+    low = {"top64": 6, "top128": 5}[name]
+    count = PAGE >> low
+    high = 2 * 2 + count * low // 8
+    assert sound[high : high + count // 4] == b"\x55" * (count // 4)  # a one and a zero for each
+    short = 2 * 2 + c.encoded_bytes(PAGE) - 2
+
+    def mangled(changes: dict[int, int]) -> bytes:
+        other = bytearray(sound)
+        for place, value in changes.items():
+            other[place] = value
+        return bytes(other)
+
+    for changes in (
+        {high: 0x54},  # one too few
+        {high: 0x57},  # one too many
+        {high + count // 4 - 1: 0x95},  # the last index in a bucket after the page
+        {high + count // 4 - 1: 0xD5},
+        {high: 0x53},  # two in the first bucket: the same index twice
+        {high: 0x53, 4: 0x01},  # and in descending order
+        dict.fromkeys(range(high, high + count // 4), 0),
+        dict.fromkeys(range(high, high + count // 4), 0xFF),
+        {high + place: 0xFF for place in range(count // 8)},
+    ):
+        refused_sparse(name, mangled(changes), n)
+    # Ascending in the same bucket is sound.
+    two = {high: 0x53, 4: 1 << low & 0xFF, 5: 1 << low >> 8}
+    assert c.decode(mangled(two), n)[:2].tolist() == [1.0, 1.0]
+    # In the short page: an index of 100 and more, and any bit of padding.
+    rest = -(-100 // ONE_IN[name])
+    last = short + -(-rest * low // 8)
+    assert len(sound) == last + 2 * -(-rest // 4)
+    beyond = (100 - (rest - 1 << low)) << (rest - 1) * low
+    for k in range(-(-rest * low // 8)):
+        if beyond >> 8 * k & 0xFF:
+            refused_sparse(name, mangled({short + k: sound[short + k] | beyond >> 8 * k & 0xFF}), n)
+            break
+    for start, used in ((short, rest * low), (last, 2 * rest), (last + -(-rest // 4), 2 * rest)):
+        for bit in range(used, -(-used // 8) * 8):
+            place = start + bit // 8
+            refused_sparse(name, mangled({place: sound[place] | 1 << bit % 8}), n)
+
+
+@pytest.mark.parametrize("name", SPARSE)
+@given(st.data(), st.sampled_from([1, 64, 65, 300, PAGE, PAGE + 65]))
+@settings(deadline=None)
+def test_a_mangled_sparse_payload_is_refused_by_all_or_none(
+    name: str, data: st.DataObject, n: int
+) -> None:
+    c = the_sparse(name)
+    payload = bytearray(c.encode(torch.randn(n, generator=torch.manual_seed(n))))
+    for place in data.draw(st.lists(st.integers(0, len(payload) - 1), max_size=4)):
+        payload[place] ^= data.draw(st.integers(1, 255))
+    into, sent = torch.zeros(n), torch.zeros(n)
+    try:
+        decoded = c.decode(payload, n)
+    except ValueError:
+        with pytest.raises(ValueError, match=REFUSAL):
+            c.validate(payload, n)
+        with pytest.raises(ValueError, match=REFUSAL):
+            c.decode_add(payload, n, 1.0, into)
+        with pytest.raises(ValueError, match=REFUSAL):
+            c.decode_add_sent(payload, n, 1.0, into, sent)
+    else:
+        c.validate(payload, n)
+        c.decode_add_sent(payload, n, 1.0, into, sent)
+        assert torch.equal(into, decoded)
+        assert ((sent == 1) >= (into != 0)).all()
+        assert sent.sum() <= sum(-(-min(PAGE, n - i) // ONE_IN[name]) for i in range(0, n, PAGE))
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_the_mean_is_over_those_who_sent(name: str) -> None:
+    n = 2 * PAGE + 99
+    c = the_sparse(name)
+    sums, weights = torch.zeros(n), torch.zeros(n)
+    above, below = np.zeros(n), np.zeros(n)
+    for peer, weight in enumerate((0.5, 0.25, 0.25)):
+        values = torch.randn(n, generator=torch.manual_seed(peer))
+        values[PAGE : 2 * PAGE] *= 0.0 if peer else 1.0  # of two, a page of nothing says nothing
+        payload = c.encode(values)
+        c.decode_add_sent(payload, n, weight, sums, weights)
+        decoded = c.decode(payload, n).numpy()
+        above += weight * decoded.astype(np.float64)
+        below += np.where(decoded != 0, weight, 0.0)
+    only = c.decode(c.encode(torch.randn(n, generator=torch.manual_seed(0))), n)
+    mean_of_sent(sums, weights)
+    expected = np.divide(above, below, out=np.zeros(n), where=below > 0).astype(np.float32)
+    assert np.allclose(sums.numpy(), expected, rtol=1e-6, atol=0)
+    assert np.count_nonzero(sums) > -(-n // ONE_IN[name])
+    assert torch.equal(sums[PAGE : 2 * PAGE], only[PAGE : 2 * PAGE])
+    assert sums[weights == 0].numpy().tobytes() == bytes(4 * int((weights == 0).sum()))
+
+
+def test_a_mean_of_sent_is_divided_as_numpy_does_and_checks_its_arguments() -> None:
+    n = SEGMENT + 77
+    generator = torch.Generator().manual_seed(1)
+    sums, weights = torch.randn(2, n, generator=generator)
+    expected = np.where(weights > 0, sums / weights, torch.zeros(())).astype(np.float32)
+    mean_of_sent(sums, weights)
+    assert sums.numpy().tobytes() == expected.tobytes()
+    with pytest.raises(ValueError, match="3 sums, and 4 weights"):
+        mean_of_sent(torch.zeros(3), torch.zeros(4))
+    with pytest.raises(ValueError, match="float32"):
+        mean_of_sent(torch.zeros(3), torch.zeros(3, dtype=torch.float64))
+    payload = codec("top64").encode(torch.zeros(8))
+    for into, sent in ((torch.zeros(7), torch.zeros(8)), (torch.zeros(8), torch.zeros(7))):
+        with pytest.raises(ValueError, match="elements, not 8"):
+            the_sparse("top64").decode_add_sent(payload, 8, 1.0, into, sent)
+    with pytest.raises(ConfigError):
+        sparse_codec("fp8")

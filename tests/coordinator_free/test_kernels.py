@@ -19,11 +19,19 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from coordinator_free import codecs, kernels
-from coordinator_free.codecs import BLOCK, SEGMENT, Codec, codec
+from coordinator_free.codecs import (
+    BLOCK,
+    PAGE,
+    SEGMENT,
+    Codec,
+    codec,
+    mean_of_sent,
+    sparse_codec,
+)
 from coordinator_free.optimizer import Position
 from coordinator_free.outer import OuterConfig, OuterOptimizer
 
-NAMES = ["fp32", "bf16", "int8", "int4", "int2", "int1"]
+NAMES = ["fp32", "bf16", "int8", "int4", "int2", "int1", "top64", "top128"]
 
 both = pytest.mark.skipif(not kernels.compiled(), reason="numba is not installed")
 lengths = st.one_of(st.integers(0, 20), st.integers(250, 260), st.integers(0, 3 * BLOCK + 5))
@@ -96,7 +104,7 @@ def test_both_backends_decode_any_bytes_to_the_same_bits(
     payload = bytearray(data.draw(st.binary(min_size=size, max_size=size)))
     if tame:  # scales, or else exponents, that are accepted; what is left is arbitrary
         step = 4 if name == "fp32" else 2
-        end = 2 * -(-n // BLOCK) if name.startswith("int") else size
+        end = size if c.block == 1 else 2 * -(-n // c.block)
         high = np.frombuffer(payload, np.uint8)[:end][step - 1 :: step]
         high &= 0x3F
         high[high < 4] = 4
@@ -108,7 +116,7 @@ def test_both_backends_decode_any_bytes_to_the_same_bits(
 @both
 @pytest.mark.parametrize("name", NAMES)
 def test_both_backends_agree_on_many_segments(name: str) -> None:
-    n = 3 * SEGMENT + 5 * BLOCK + 77
+    n = 3 * SEGMENT + PAGE + 5 * BLOCK + 77
     values = torch.randn(n, generator=torch.manual_seed(8)).numpy()
     payload = encoded(codec(name), values)
     assert isinstance(payload, bytes)
@@ -116,6 +124,36 @@ def test_both_backends_agree_on_many_segments(name: str) -> None:
     with kernels.torch_only():
         assert encoded(codec(name), values) == payload
         assert decoded(codec(name), payload, n, 0.3) == by_numba
+
+
+@both
+@pytest.mark.parametrize("name", ["top64", "top128"])
+@given(data=st.data(), n=st.sampled_from([1, 65, 300, PAGE - 1, PAGE + 65]), tame=st.booleans())
+@settings(deadline=None)
+def test_both_backends_add_up_what_was_sent_to_the_same_bits(
+    name: str, data: st.DataObject, n: int, tame: bool
+) -> None:
+    """And find the largest of all bit patterns; of payloads that are mangled, too."""
+    c = sparse_codec(name)
+    assert c is not None
+    draws = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    wild = draws.integers(0, 2**32, n, np.uint32).view(np.float32)
+    values = np.rint(draws.normal(0, 3, n)).astype(np.float32) if tame else wild
+    payload = bytearray(c.encode(torch.from_numpy(draws.normal(size=n).astype(np.float32))))
+    for place in data.draw(st.lists(st.integers(0, len(payload) - 1), max_size=2)):
+        payload[place] ^= data.draw(st.integers(1, 255))
+
+    def added() -> bytes:
+        into, sent = torch.linspace(-3, 3, n), torch.linspace(-0.1, 0.1, n)
+        c.decode_add_sent(payload, n, 0.3, into, sent)
+        mean_of_sent(into, sent)
+        return into.numpy().tobytes() + sent.numpy().tobytes()
+
+    by_numba = encoded(c, values), decoded(c, bytes(payload), n, -0.3), outcome(added)
+    with kernels.torch_only():
+        assert encoded(c, values) == by_numba[0]
+        assert decoded(c, bytes(payload), n, -0.3) == by_numba[1]
+        assert outcome(added) == by_numba[2]
 
 
 @both
@@ -144,7 +182,7 @@ def test_both_backends_take_the_same_outer_step(
 @pytest.mark.parametrize("name", NAMES)
 def test_what_runs_on_a_gpu_gives_the_same_on_the_cpu(name: str) -> None:
     """The device's path up to the copies: torch on both sides, bytes in a tensor."""
-    n = 2 * SEGMENT + BLOCK + 5
+    n = 2 * SEGMENT + PAGE + BLOCK + 5
     values = torch.randn(n, generator=torch.manual_seed(9))
     c = codec(name)
     assert isinstance(c, codecs._Base)
@@ -153,7 +191,7 @@ def test_what_runs_on_a_gpu_gives_the_same_on_the_cpu(name: str) -> None:
     largest = int(c._encode_by_torch(values, bytes_B))
     assert bytes_B.numpy().tobytes() == payload
     assert largest == values.abs().max().view(torch.int32)
-    parts = [c._read(bytes_B, *cut, n) for cut in codecs._segments(n, on_device=True)]
+    parts = [c._read(bytes_B, *cut, n) for cut in codecs._segments(n, c.block, on_device=True)]
     assert torch.equal(torch.cat(parts), c.decode(payload, n))
 
 
@@ -175,6 +213,15 @@ def test_a_gpu_gives_the_same_bits(name: str, n: int) -> None:
     assert by_gpu.cpu().numpy().tobytes() == by_cpu.numpy().tobytes()
     c.decode(payload, n, by_gpu, 0.3)
     assert torch.equal(by_gpu.cpu(), c.decode(payload, n, weight=0.3))
+    sparse = sparse_codec(name)
+    if sparse is not None:
+        sums, weights = torch.zeros(2, n)
+        on_gpu = sums.cuda(), weights.cuda()
+        for into, sent in ((sums, weights), on_gpu):
+            sparse.decode_add_sent(payload, n, 0.3, into, sent)
+            mean_of_sent(into, sent)
+        assert torch.equal(on_gpu[0].cpu(), sums)
+        assert torch.equal(on_gpu[1].cpu(), weights)
     if n:
         values[n // 2] = torch.nan
         with pytest.raises(codecs.NonFinite):
@@ -250,7 +297,13 @@ assert kernels.largest_fp32(np.float32([1, -2])) == 0x40000000
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "kernel",
-    [kernels.decode_fp32, kernels.decode_int4, kernels.encode_int2, kernels.nesterov_step],
+    [
+        kernels.decode_fp32,
+        kernels.decode_int4,
+        kernels.encode_int2,
+        kernels.add_sent_top,
+        kernels.nesterov_step,
+    ],
     ids=lambda kernel: kernel.__name__,
 )
 def test_no_processor_is_allowed_to_fuse_or_reorder(kernel: kernels.Kernel[...]) -> None:
@@ -271,12 +324,12 @@ def test_no_kernel_leaves_its_arrays_whatever_they_hold() -> None:
     code = """
 import contextlib
 import numpy as np, torch
-from coordinator_free.codecs import codec
+from coordinator_free.codecs import codec, sparse_codec
 draws = np.random.default_rng(0)
 refused = 0
-for name in ("fp32", "bf16", "int8", "int4", "int2", "int1"):
+for name in ("fp32", "bf16", "int8", "int4", "int2", "int1", "top64", "top128"):
     c = codec(name)
-    for n in [*range(1, 20), 253, 254, 255, 256, 257, 258, 259, 511, 512, 513, 700]:
+    for n in [*range(1, 20), 253, 254, 255, 256, 257, 258, 259, 511, 512, 513, 700, 4097]:
         values = torch.from_numpy(draws.integers(0, 2**32, n, np.uint32).view(np.float32))
         with contextlib.suppress(ValueError):
             c.encode(values)
@@ -285,6 +338,12 @@ for name in ("fp32", "bf16", "int8", "int4", "int2", "int1"):
             payload = draws.bytes(c.encoded_bytes(n))
             if name.startswith("int"):  # accepted scales, arbitrary integers
                 payload = bytes.fromhex("803f") * -(-n // 256) + payload[2 * -(-n // 256) :]
+            if c.sparse:  # what was sound, with a byte or two of another
+                payload = bytearray(c.encode(torch.randn(n)))
+                for place in draws.integers(0, len(payload), 2):
+                    payload[place] = draws.integers(0, 256)
+                with contextlib.suppress(ValueError):
+                    sparse_codec(name).decode_add_sent(payload, n, 0.5, *torch.zeros(2, n))
             try:
                 c.decode_add(payload, n, 0.5, torch.zeros(n))
             except ValueError:
