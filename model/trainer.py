@@ -425,8 +425,9 @@ class Trainer:
         share = -(-self.config.batch_size // self._ranks)
         if self.config.micro_batch:
             return self.config.micro_batch, "as configured"
+        whole = "the whole batch" if self._ranks == 1 else "each process's share"
         if self.device.type != "cpu" or share == 1:
-            return share, "the whole batch"
+            return share, whole
         # Twice the same block: the difference is one sequence, without what all have in common.
         before = torch.get_rng_state()
         one, two = (
@@ -438,7 +439,7 @@ class Trainer:
         micro = fitting(share, two - one, free)
         need = f"a sequence needs {(two - one) / 1e6:.1f} MB"
         if micro == share:
-            return micro, f"the whole batch, {need}"
+            return micro, f"{whole}, {need}"
         return micro, f"{need}, {(free or 0) / 1e9:.1f} GB are free"
 
     def _loss(self, tokens_N: Tensor, blocks: list[int]) -> Tensor:

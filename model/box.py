@@ -1,0 +1,334 @@
+"""Several processes, one peer: what `torchrun` starts on a machine with several GPUs.
+
+    torchrun --nproc-per-node 4 --no-python shoal join 'shoal://...'
+
+Rank 0 speaks for the box. To the swarm its `Box` is a `Trainer` like any other; the other ranks do
+what it announces, until it closes. Each of them holds the whole model and its optimizer. A batch is
+dealt out among the ranks and their gradients are summed, so the box takes the steps that one device
+would take on the whole batch.
+
+Announcements are four integers each, over gloo even between GPUs: when a process dies, its sockets
+close at once, while NCCL would wait. Nothing is pickled.
+
+Guaranteed: equal steps to those of one process but for the order of sums; a rank that fails is a
+`BoxError` in rank 0; the others end within seconds when rank 0 dies and within `PATIENCE_S` when it
+hangs between two commands (until `EXCHANGE_S` inside one). Not guaranteed: to go on with one rank
+less, or safety against the other ranks: they are this user's own processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from model.data import TokenData
+from model.trainer import StepReport, Trainer, TrainerConfig, TrainingDiverged
+
+logger = logging.getLogger(__name__)
+
+# Rank 0 may have nothing to say for hours, while it waits for other peers. It says so.
+BEAT_S = 5.0
+PATIENCE_S = 60.0
+
+# The slowest rank may be so late in a sum: it may be cutting down its micro-batch.
+EXCHANGE_S = 600.0
+
+# Gradients are summed in pieces of 64 MiB: large enough for the links, small beside the model.
+_PIECE = 2**24
+
+
+class BoxError(RuntimeError):
+    """A process of this box is gone, and with it the box."""
+
+
+class _Do(enum.IntEnum):
+    NOTHING = 0
+    STOP = 1
+    WRITE = 2
+    RESET = 3
+    SET_PROGRESS = 4
+    BEGIN_ROUND = 5
+    STEP = 6
+    ACCUMULATE = 7
+    GRADIENT = 8
+    EVALUATE = 9
+
+
+@dataclass(frozen=True, slots=True)
+class _Links:
+    """This process's connections to the others of the box."""
+
+    rank: int
+    ranks: int
+    commands: dist.ProcessGroup
+    sums: dist.ProcessGroup
+
+    def announce(self, do: _Do, a: int = 0, b: int = 0, c: int = 0) -> None:
+        """Rank 0: say what comes next."""
+        self.share(torch.tensor([do, a, b, c], dtype=torch.int64))
+
+    def hear(self) -> tuple[_Do, int, int, int]:
+        """The others: wait for it."""
+        command = torch.zeros(4, dtype=torch.int64)
+        self.share(command)
+        do, a, b, c = command.tolist()
+        return _Do(do), a, b, c
+
+    def share(self, vector: Tensor) -> None:
+        """Overwrite it, on the CPU, by rank 0's."""
+        with _gone():
+            for piece in torch.split(vector, _PIECE):
+                dist.broadcast(piece, 0, group=self.commands)
+
+    def sum(self, tensor: Tensor) -> None:
+        """Add up all ranks' tensors, in place."""
+        with _gone():
+            dist.all_reduce(tensor, group=self.sums)
+
+
+@contextlib.contextmanager
+def _gone() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # all that torch.distributed raises when a connection ends
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise BoxError(f"a process of this box is gone: {reason}") from error
+
+
+def trainer(config: TrainerConfig, data: TokenData | None = None) -> Trainer | None:
+    """The trainer of this peer, in however many processes.
+
+    Args:
+        config: the same in all of them; `device` "auto", "cpu" or "cuda".
+        data: the corpus, if the caller has loaded it before.
+
+    Returns:
+        A `Trainer` if this process is alone, a `Box` in rank 0; None in all others, once rank 0 has
+        closed it or is gone: there is nothing left to do for them.
+
+    Raises:
+        BoxError: the others cannot be reached, or went while this rank was training.
+        ModelError, DataError, ValueError: as `Trainer` does.
+    """
+    # The environment is torchrun's way of telling; torch.distributed itself reads more of it.
+    ranks = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+    if ranks == 1:
+        return Trainer(config, data)
+    config = replace(config, device=_device(config.device, int(os.environ["LOCAL_RANK"])))
+    links = _connect(torch.device(config.device))
+    if links.rank == 0:
+        return Box(config, links, data)
+    _follow(_Member(config, links, data), links)
+    return None
+
+
+def _device(name: str, local_rank: int) -> str:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"device {name!r} is for one process: use auto, cpu or cuda with torchrun")
+    return name if name == "cpu" else f"cuda:{local_rank}"
+
+
+def _connect(device: torch.device) -> _Links:
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(device)
+    with _gone():
+        if not dist.is_initialized():
+            dist.init_process_group(
+                "nccl" if cuda else "gloo",
+                timeout=timedelta(seconds=EXCHANGE_S),
+                device_id=device if cuda else None,
+            )
+        commands = dist.new_group(backend="gloo", timeout=timedelta(seconds=PATIENCE_S))
+    sums = dist.group.WORLD
+    assert sums is not None
+    return _Links(dist.get_rank(), dist.get_world_size(), commands, sums)
+
+
+class _Member(Trainer):
+    """One process's part of the work; all of them call the same methods in the same order."""
+
+    def __init__(self, config: TrainerConfig, links: _Links, data: TokenData | None) -> None:
+        self._rank, self._ranks = links.rank, links.ranks
+        self._links = links
+        super().__init__(config, data)
+
+    def _sum(self, value: float) -> float:
+        total = torch.tensor(value, dtype=torch.float64, device=self.device)
+        self._links.sum(total)
+        return total.item()
+
+    def _sum_gradients(self) -> None:
+        # A parameter that no rank has a gradient for must stay without one, which is not zero: no
+        # weight decay. One that only some have (no block was left for a rank) is zero elsewhere.
+        used = torch.tensor([float(p.grad is not None) for p in self._trained], device=self.device)
+        self._links.sum(used)
+        piece: list[nn.Parameter] = []
+        for p, count in zip(self._trained, used.tolist(), strict=True):
+            if not count:
+                continue
+            piece.append(p)
+            if sum(q.numel() for q in piece) >= _PIECE:
+                self._sum_piece(piece)
+                piece = []
+        if piece:
+            self._sum_piece(piece)
+
+    @torch.no_grad()
+    def _sum_piece(self, parameters: list[nn.Parameter]) -> None:
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        self._links.sum(flat)
+        parts = torch.split(flat, [p.numel() for p in parameters])
+        for p, part in zip(parameters, parts, strict=True):
+            p.grad = part.view(p.shape)
+
+    def hand_over_gradients(self) -> None:
+        """Give what was accumulated to rank 0, which keeps the sum."""
+        self._sum_gradients()
+        self._optimizer.zero_grad()
+
+
+class Box(_Member):
+    """Rank 0: a `Trainer` in several processes. `close` it at the end.
+
+    Args:
+        config: `device` is this rank's own.
+        links: to the other ranks.
+        data: the corpus, if it is loaded already.
+    """
+
+    def __init__(self, config: TrainerConfig, links: _Links, data: TokenData | None = None) -> None:
+        super().__init__(config, links, data)
+        self._closed = threading.Event()
+        # One announcement at a time, with all that belongs to it: the heart beats in a thread.
+        self._turn = threading.Lock()
+        self._heart = threading.Thread(target=self._beat, name="box-heart", daemon=True)
+        self._heart.start()
+        self.write(self.read())  # the ranks have built equal models; this makes sure
+
+    @property
+    def chosen(self) -> dict[str, str]:
+        """What "auto" has become and why, one line each."""
+        return {**super().chosen, "processes": f"{self._ranks}: started by torchrun"}
+
+    def describe(self) -> str:
+        """One line: model, parameters, device, processes, tokens."""
+        return f"{super().describe()}, in {self._ranks} processes"
+
+    def write(self, theta_S: Tensor, *, start: int = 0, stop: int | None = None) -> None:
+        """As `Trainer.write`, in all ranks."""
+        super().write(theta_S, start=start, stop=stop)  # raises before the others hear of it
+        with self._command(_Do.WRITE, start, start + theta_S.numel()):
+            self._links.share(theta_S.contiguous())
+
+    def reset(self) -> None:
+        """As `Trainer.reset`, in all ranks."""
+        with self._command(_Do.RESET):
+            super().reset()
+
+    def set_progress(self, samples: int, peers: int = 1) -> None:
+        """As `Trainer.set_progress`; all ranks are one peer."""
+        with self._command(_Do.SET_PROGRESS, samples, peers):
+            super().set_progress(samples, peers)
+
+    def begin_round(self, round: int, seat: int, seats: int) -> None:
+        """As `Trainer.begin_round`; all ranks sit on one seat."""
+        super().begin_round(round, seat, seats)  # raises before the others hear of it
+        with self._command(_Do.BEGIN_ROUND, round, seat, seats):
+            pass
+
+    def step(self) -> StepReport:
+        """As `Trainer.step`; each rank has its share of the batch."""
+        with self._command(_Do.STEP):
+            return super().step()
+
+    def accumulate(self) -> StepReport:
+        """As `Trainer.accumulate`; a micro-batch in each rank."""
+        size = self._micro * self._ranks
+        with self._command(_Do.ACCUMULATE, size):
+            return self._accumulate(size)
+
+    def gradient(self, out: Tensor | None = None) -> Tensor:
+        """As `Trainer.gradient`, over the samples of all ranks."""
+        with self._command(_Do.GRADIENT):
+            return super().gradient(out)
+
+    def evaluate(self) -> float:
+        """As `Trainer.evaluate`; each rank has its share of the blocks."""
+        with self._command(_Do.EVALUATE):
+            return super().evaluate()
+
+    def close(self) -> None:
+        """Send the other ranks home; nothing can be asked of the box afterwards."""
+        if self._closed.is_set():
+            return
+        with contextlib.suppress(BoxError), self._command(_Do.STOP):
+            self._closed.set()
+        self._heart.join()
+        dist.destroy_process_group()
+
+    @contextlib.contextmanager
+    def _command(self, do: _Do, a: int = 0, b: int = 0, c: int = 0) -> Iterator[None]:
+        with self._turn:
+            if self._closed.is_set():
+                raise BoxError("this box is closed")
+            self._links.announce(do, a, b, c)
+            yield
+
+    def _beat(self) -> None:
+        # Who is gone shows in the next real command, which has somebody to tell.
+        with contextlib.suppress(BoxError):
+            while not self._closed.wait(BEAT_S):
+                with self._command(_Do.NOTHING):
+                    pass
+
+
+def _follow(member: _Member, links: _Links) -> None:
+    """Do what rank 0 announces until it says stop, or says nothing any more."""
+    while True:
+        try:
+            do, a, b, c = links.hear()
+            if do is _Do.STOP:
+                dist.destroy_process_group()
+                return
+            _obey(member, links, do, a, b, c)
+        except BoxError as error:
+            logger.warning("box.rank_0_lost rank=%d reason=%s", links.rank, error)
+            return
+
+
+def _obey(member: _Member, links: _Links, do: _Do, a: int, b: int, c: int) -> None:
+    # Rank 0 has the same error, at the same place, and decides what becomes of it.
+    with contextlib.suppress(TrainingDiverged):
+        match do:
+            case _Do.WRITE:
+                theta_S = torch.empty(b - a)
+                links.share(theta_S)
+                member.write(theta_S, start=a, stop=b)
+            case _Do.RESET:
+                member.reset()
+            case _Do.SET_PROGRESS:
+                member.set_progress(a, b)
+            case _Do.BEGIN_ROUND:
+                member.begin_round(a, b, c)
+            case _Do.STEP:
+                member.step()
+            case _Do.ACCUMULATE:
+                member._accumulate(a)
+            case _Do.GRADIENT:
+                member.hand_over_gradients()
+            case _Do.EVALUATE:
+                member.evaluate()
