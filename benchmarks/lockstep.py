@@ -59,6 +59,13 @@ class Task:
     codec: str
     seed: int = 0
 
+    def arguments(self) -> list[str]:
+        """As `peer_arguments` reads them."""
+        return [
+            *("--peers", str(self.peers), "--numel", str(self.numel), "--rounds", str(self.rounds)),
+            *("--codec", self.codec, "--seed", str(self.seed)),
+        ]
+
 
 # -- the peer's end -------------------------------------------------------------------------------
 
@@ -135,6 +142,19 @@ def take_part(pipe: Pipe, arguments: argparse.Namespace, averaging: Averaging) -
 # -- the benchmark's end --------------------------------------------------------------------------
 
 
+class Shared(Protocol):
+    """What all peers of a system are to do."""
+
+    @property
+    def peers(self) -> int:
+        """How many there are."""
+        ...
+
+    def arguments(self) -> list[str]:
+        """For the command line of each."""
+        ...
+
+
 class Peers:
     """The processes of one system.
 
@@ -150,7 +170,7 @@ class Peers:
     def __init__(
         self,
         script: str,
-        task: Task,
+        task: Shared,
         folder: Path,
         *,
         hosts: Sequence[str],
@@ -200,24 +220,16 @@ class Peers:
         with self._log(number).open("wb") as log:
             process = await asyncio.create_subprocess_exec(
                 *(*self._prefixes[number], sys.executable, str(ROOT / "benchmarks" / self._script)),
-                *("--number", str(number), "--peers", str(task.peers)),
-                *("--numel", str(task.numel), "--rounds", str(task.rounds)),
-                *("--codec", task.codec, "--seed", str(task.seed)),
+                *("--number", str(number), *task.arguments()),
                 *("--folder", str(self._folder), "--host", self._hosts[number]),
                 *("--rendezvous", rendezvous),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
-                env=self._environment(),
+                env=environment(),
                 start_new_session=True,
             )
         self._processes.append(process)
-
-    @staticmethod
-    def _environment() -> dict[str, str]:
-        # One thread of torch in each process, whichever system: peers share the machine's cores.
-        path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
-        return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
     def _log(self, number: int) -> Path:
         return self._folder / f"{Path(self._script).stem}-{number}.log"
@@ -240,7 +252,28 @@ class Peers:
             raise innermost(group) from group
         return [line.result() for line in lines]
 
+    async def follow(self, number: int, last: str) -> AsyncIterator[dict[str, Any]]:
+        """Whatever a peer says, up to and with its `last` word.
+
+        Raises:
+            Failed: it ended before, or said nothing for too long.
+        """
+        fields: dict[str, Any] = {"say": ""}
+        while fields["say"] != last:
+            try:
+                async with asyncio.timeout(STEP_S):
+                    fields = await self._next(number)
+            except TimeoutError as error:
+                raise Failed(f"peer {number} said nothing for {STEP_S:g} s") from error
+            yield fields
+
     async def _line(self, number: int, what: str) -> dict[str, Any]:
+        fields = await self._next(number)
+        if fields["say"] != what:
+            raise Failed(f"peer {number} said {fields['say']!r} instead of {what!r}")
+        return fields
+
+    async def _next(self, number: int) -> dict[str, Any]:
         process = self._processes[number]
         assert process.stdout is not None
         line = await process.stdout.readline()
@@ -250,8 +283,6 @@ class Peers:
             last = said[-1][:300] if said else "without a word"
             raise Failed(f"peer {number} ended with status {status}: {last}")
         fields: dict[str, Any] = json.loads(line)
-        if fields["say"] != what:
-            raise Failed(f"peer {number} said {fields['say']!r} instead of {what!r}")
         return fields
 
     def tell(self, what: str) -> None:
@@ -259,6 +290,12 @@ class Peers:
         for process in self._processes:
             assert process.stdin is not None
             process.stdin.write(f"{what}\n".encode())
+
+
+def environment() -> dict[str, str]:
+    """Of a peer: one thread of torch, whichever system, as they share the machine's cores."""
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
 @contextlib.contextmanager

@@ -34,26 +34,19 @@ because not everything was contributed. Medians of all rounds but the first.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import statistics
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks import lockstep, vectors
 from benchmarks.arguments import Parser, at_least, megabytes, one_of, several, writable
+from benchmarks.lines import MBIT, Lines, Link, complaint, transmitted
 from benchmarks.lockstep import Failed, Peers, Task
 from benchmarks.meter import machine
-from tests.netns.net import Net
 
 CODECS = ("fp32", "bf16", "int8", "int4")
-MBIT = 1e6 / 8  # bytes per second
-QUEUE_S = 0.1  # what a link's queue holds
-BURST_S = 0.005  # what passes a link at once
-LEAST_BURST = 32_768  # bytes
 COLUMNS = {
     "case": 11,
     "codec": 6,
@@ -66,14 +59,6 @@ COLUMNS = {
     "of_best": 8,
     "right": 6,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Link:
-    """Of one peer, in Mbit/s."""
-
-    up: float
-    down: float
 
 
 def cases(peers: int) -> dict[str, list[Link]]:
@@ -142,20 +127,6 @@ def shares_of(sent: Sequence[int], fractions: Sequence[float], nbytes: int) -> l
 # -- what happens ---------------------------------------------------------------------------------
 
 
-class Lines(Net):
-    """Machines whose links are throttled in both directions."""
-
-    def shape(self, number: int, link: Link) -> None:
-        """From now on."""
-        self._limit(f"{self._prefix}{number}", "eth0", link.up)
-        self._limit(self._hub, f"port{number}", link.down)
-
-    def _limit(self, namespace: str, device: str, mbits: float) -> None:
-        burst = max(LEAST_BURST, int(mbits * MBIT * BURST_S))
-        rule = f"rate {mbits:.3f}mbit burst {burst} latency {QUEUE_S * 1e3:.0f}ms"
-        self._in(namespace, *f"tc qdisc add dev {device} root tbf {rule}".split())
-
-
 async def measure(links: Sequence[Link], task: Task, nbytes: int, folder: Path) -> dict[str, Any]:
     """All rounds over these links.
 
@@ -182,10 +153,11 @@ async def measure(links: Sequence[Link], task: Task, nbytes: int, folder: Path) 
                 if number == 0:
                     for machine_number, link in enumerate(links):
                         net.shape(machine_number, link)
-                before = _transmitted(peers.pids)
+                before = list(map(transmitted, peers.pids))
                 peers.tell("go")
                 done = await peers.hear("done")
-                wires = [b - a for a, b in zip(before, _transmitted(peers.pids), strict=True)]
+                after = map(transmitted, peers.pids)
+                wires = [b - a for a, b in zip(before, after, strict=True)]
                 peers.tell("look")
                 looked = await peers.hear("looked")
                 each = [{**a, **b} for a, b in zip(done, looked, strict=True)]
@@ -193,16 +165,6 @@ async def measure(links: Sequence[Link], task: Task, nbytes: int, folder: Path) 
     finally:
         net.close()
     return _row(links, nbytes, rounds)
-
-
-def _transmitted(pids: Sequence[int]) -> list[int]:
-    """Bytes that left each machine, with all headers."""
-    counts = []
-    for pid in pids:
-        lines = Path(f"/proc/{pid}/net/dev").read_text().splitlines()
-        fields = next(line.split() for line in lines if line.strip().startswith("eth0:"))
-        counts.append(int(fields[9]))
-    return counts
 
 
 def _together(
@@ -322,11 +284,8 @@ def main() -> None:
     )
     parser.add_argument("--json", type=writable, help="every round's figures")
     arguments = parser.parse_args()
-    if os.geteuid() != 0:
-        parser.error("network namespaces need root")
-    missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
-    if missing:
-        parser.error(f"{' and '.join(missing)} missing: install iproute2")
+    if missing := complaint():
+        parser.error(missing)
     lockstep.run(lambda: compare(arguments))
 
 
