@@ -27,7 +27,8 @@ training thread stood still for the swarm; seen, sequences beside those planned.
 takes longer than `--limit-s` is broken off, and its seconds and bytes are projected.
 
 `--lost 0.25` loses the contribution of a random quarter of the peers in each of our rounds: their
-streams to the reducers break before the first chunk (`coordinator_free.failpoints`).
+streams to the other reducers break before the first chunk (`coordinator_free.failpoints`). What a
+peer reduces itself still has its part in it. The JSON says how many streams broke (`broken`).
 
 Then means over the seeds, and what the aims say: our default against synchronous AdamW and Muon,
 against the loss that hivemind ends with, and with and without lost peers.
@@ -180,7 +181,7 @@ class Curve:
     losses: list[float | None] = field(default_factory=list)
     waits: list[float] = field(default_factory=list)
     samples: int = 0
-    members: list[int] = field(default_factory=list)
+    broken: int = 0  # streams to a reducer that ended before the first chunk, as it saw them
 
 
 # -- one run --------------------------------------------------------------------------------------
@@ -269,7 +270,6 @@ async def our_curve(case: Case, task: Task, folder: Path, curve: Curve) -> None:
                             point = {"step": step, "val_loss": event["val_loss"], "bytes": sent}
                             curve.points.append({**point, "wall_s": at - max(began)})
                             sent = _since(before, daemons.pids)
-                            curve.members.append(event["members"])
                         at = event["at"]
                         wait_s += event.get("wait_s", event["allreduce_s"])
                         curve.samples += event["samples"]
@@ -283,6 +283,7 @@ async def our_curve(case: Case, task: Task, folder: Path, curve: Curve) -> None:
                             curve.points.append({**point, "bytes": sent, "wall_s": wall_s})
 
             await _all(follow(number) for number in range(task.peers))
+        curve.broken = sum(log.count("butterfly.contributor_lost") for log in daemons.logs())
 
 
 async def _all(followers: Any) -> None:
@@ -336,7 +337,7 @@ def run_file(setting: str, task: Task) -> tuple[str, RunConfig]:
 
 def _setting(config: RunConfig, name: str, default: Any = None) -> Any:
     """Of [round], wherever the configuration keeps it."""
-    for part in (config, config.round):
+    for part in (config.round, config.local):
         if hasattr(part, name):
             return getattr(part, name)
     return default
@@ -429,7 +430,7 @@ def _figures(task: Task, curve: Curve, *, unfinished: bool) -> dict[str, Any]:
         "seconds": last["wall_s"] * scale,
         "waiting": statistics.mean(waits),
         "seen": curve.samples / task.samples if curve.samples else None,
-        "members": statistics.mean(curve.members) if curve.members else None,
+        "broken": curve.broken,
     }
 
 

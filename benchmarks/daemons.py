@@ -120,5 +120,9 @@ class Daemons:
         event: dict[str, Any] = json.loads(line)
         return event
 
+    def logs(self) -> list[str]:
+        """What each has said on stderr so far."""
+        return [self._log(number).read_text(errors="replace") for number in range(len(self._hosts))]
+
     def _log(self, number: int) -> Path:
         return self._folder / f"peer-{number}.log"

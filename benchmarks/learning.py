@@ -34,9 +34,6 @@ from model.optimizers import InnerOptimizer, OptimizerConfig
 from model.shards import blocks_of
 from model.trainer import Trainer, TrainerConfig
 
-BY_SAMPLES = "total_samples" in {field.name for field in dataclasses.fields(OptimizerConfig)}
-"""Whether the schedule counts the swarm's samples, not one peer's steps."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
@@ -79,10 +76,8 @@ class Task:
 
     def schedule(self) -> dict[str, int]:
         """The optimizer's fields for it."""
-        if BY_SAMPLES:
-            each = self.peers * self.batch
-            return {"warmup_samples": self.warmup_steps * each, "total_samples": self.samples}
-        return {"warmup_steps": self.warmup_steps, "total_steps": self.steps}
+        warmup = self.warmup_steps * self.peers * self.batch
+        return {"warmup_samples": warmup, "total_samples": self.samples}
 
 
 def peer_arguments() -> argparse.Namespace:
@@ -160,7 +155,7 @@ class Learner:
     def update(self, step: int) -> None:
         """Clip the gradients and apply them."""
         self._optimizer.clip()
-        self._optimizer.step(step * self.task.peers * self.task.batch if BY_SAMPLES else step)
+        self._optimizer.step((step + 1) * self.task.peers * self.task.batch)
 
     def look(self, step: int, samples: int | None = None, *, last: bool = False) -> None:
         """Compute the validation loss and tell it.

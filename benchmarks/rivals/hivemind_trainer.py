@@ -15,6 +15,7 @@ hivemind forks, so nothing that has threads may run before its processes do.
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any
 
 import hivemind
@@ -57,7 +58,7 @@ def main() -> None:
     learner = learning.Learner(pipe, arguments)
     target = task.options["target_batch"]
     epochs = max(1, round(task.samples / target))
-    warmup = round(task.warmup_steps * epochs / task.steps)
+    progress = partial(schedule, **task.schedule())
     compression = COMPRESSION[task.options["compression"]]
     optimizer = hivemind.Optimizer(
         dht=dht,
@@ -69,7 +70,7 @@ def main() -> None:
             params, lr=task.optimizer["lr"], betas=(0.9, 0.99), weight_decay=0.1
         ),
         scheduler=lambda inner: torch.optim.lr_scheduler.LambdaLR(
-            inner, lambda epoch: schedule(epoch, warmup_steps=warmup, total_steps=epochs)
+            inner, lambda epoch: progress(target * (epoch + 1))
         ),
         grad_compression=compression(),
         state_averaging_compression=compression(),
