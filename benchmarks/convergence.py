@@ -12,7 +12,8 @@ in each process. The settings:
                               peers see in `--local-steps` steps, or `--hivemind-target`
     hivemind-fast             the same with 3 s for matchmaking and a quarter of the target batch
     opendiloco                H steps of AdamW, then Nesterov (0.7, 0.9) over fp16 differences
-    shoal                     our default: a run file that says nothing but model and length
+    shoal                     our default: a run file that says nothing but model, length and the
+                              30 steps between two averagings
     shoal-...                 ours with other settings: see `OURS`
 
 Each peer takes `--steps` steps of `--batch` sequences. Learning rates were chosen for each kind at
@@ -94,22 +95,22 @@ LEARNING_RATES: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 
-HIDDEN = {"local_steps": 30, "fragments": 6, "delay_steps": 5, "mixing": 0.5}
-WAITED_FOR = {"local_steps": 30, "fragments": 1, "delay_steps": 0}
+WAITED_FOR = {"fragments": 1, "delay_steps": 0}
 ADAMW_INSIDE = {"kind": "adamw", "lr": 4e-3}
 
 OURS: dict[str, dict[str, dict[str, Any]]] = {
     "shoal": {},
-    "shoal-int4-plain": {"round": {"local_steps": 30, "codec": "int4"}},
-    "shoal-int4": {"round": {**WAITED_FOR, "codec": "int4"}},
-    "shoal-int2": {"round": {**WAITED_FOR, "codec": "int2", "feedback": "on"}},
-    "shoal-int2-hidden": {"round": {**HIDDEN, "codec": "int2", "feedback": "on"}},
-    "shoal-int1-hidden": {"round": {**HIDDEN, "codec": "int1", "feedback": "on"}},
-    "shoal-top64": {"round": {**WAITED_FOR, "codec": "top64", "feedback": "on"}},
-    "shoal-adamw": {"round": {**HIDDEN, "codec": "int4"}, "optimizer": ADAMW_INSIDE},
-    "shoal-gradient": {"round": {"mode": "gradient", "codec": "int8"}},
+    "shoal-h60": {"round": {"local_steps": 60}},
+    "shoal-int4": {"round": {"codec": "int4"}},
+    "shoal-int1": {"round": {"codec": "int1"}},
+    "shoal-wait": {"round": {**WAITED_FOR}},
+    "shoal-wait-int4": {"round": {**WAITED_FOR, "codec": "int4"}},
+    "shoal-wait-top64": {"round": {**WAITED_FOR, "codec": "top64"}},
+    "shoal-adamw": {"optimizer": ADAMW_INSIDE},
+    "shoal-gradient": {"round": {"mode": "gradient", "codec": "int8", **WAITED_FOR}},
 }
-"""What each run file adds to model, data, length and schedule."""
+"""What each run file adds to model, data, length and schedule. Local steps are 30 and not each
+peer's own choice, or the length in sequences would not be known before."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -316,7 +317,7 @@ def run_file(setting: str, task: Task) -> tuple[str, RunConfig]:
         "model": {**task.model},
         "optimizer": {**task.optimizer, **ours.get("optimizer", {}), **task.schedule()},
         "training": {"batch_size": task.batch, "eval_blocks": task.eval_blocks},
-        "round": {"start_peers": task.peers, **ours.get("round", {})},
+        "round": {"start_peers": task.peers, "local_steps": 30, **ours.get("round", {})},
         "outer": {**ours.get("outer", {})},
     }
     try:

@@ -42,12 +42,12 @@ def row(setting: str, loss: float, mb: float, seconds: float, **more: Any) -> di
 
 
 def test_a_run_file_has_as_many_rounds_as_the_steps_need() -> None:
-    _, config = run_file("shoal-int4-plain", Task(**TASK))
+    _, config = run_file("shoal-wait-int4", Task(**TASK))
     assert config.round.rounds == 2
     assert config.round.start_peers == 4
     assert config.trainer.seed == 1
     with pytest.raises(Failed, match="multiple"):
-        run_file("shoal-int4-plain", Task(**{**TASK, "steps": 70}))
+        run_file("shoal-wait-int4", Task(**{**TASK, "steps": 70}))
 
 
 def test_each_round_the_same_number_of_peers_loses_all_its_streams() -> None:
@@ -95,7 +95,7 @@ def test_a_rival_and_ours_learn_the_same_from_the_same_text(tmp_path: Path) -> N
     if os.geteuid() != 0 or shutil.which("tc") is None:
         pytest.skip("network namespaces need root and iproute2")
     path = tmp_path / "report.json"
-    task = "--settings ddp-adamw,shoal-int4-plain --mbit 1000 --peers 2 --steps 30 --batch 1"
+    task = "--settings ddp-adamw,shoal-wait-int4 --mbit 1000 --peers 2 --steps 30 --batch 1"
     command = [sys.executable, "benchmarks/convergence.py", *task.split(), "--json", str(path)]
     done = subprocess.run(
         [*command, "--eval-blocks", "4"],
