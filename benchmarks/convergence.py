@@ -23,8 +23,8 @@ Columns: loss, nats a byte on the held-out blocks, of the final model, the mean 
 MB, sent by a peer, all headers included, as its network interface counted it, the mean over the
 peers; fewer, how many times less that is than `ddp-adamw` (where it was not run: than 6 bytes for
 each parameter and step); seconds, from everybody being ready until the last result, in ours with
-the validation losses, without them in the others; waiting, the share of these seconds in which the
-training thread stood still for the swarm; seen, sequences beside those planned. A setting that
+those of the validation losses, in the others without; waiting, the share of these seconds in which
+the training thread stood still for the swarm; seen, sequences beside those planned. A setting that
 takes longer than `--limit-s` is broken off, and its seconds and bytes are projected.
 
 `--lost 0.25` loses the contribution of a random quarter of the peers in each of our rounds: their
@@ -40,6 +40,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import random
 import statistics
@@ -615,6 +616,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.append and arguments.json is None:
         parser.error("--append needs --json")
+    if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install 'shoal[bench]'")
     size = SIZES[arguments.size]
     arguments.model, arguments.device = size["model"], size["device"]
     arguments.steps = arguments.steps or size["steps"]
