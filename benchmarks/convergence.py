@@ -71,7 +71,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "steps": 900,
         "device": "cpu",
     },
-    # 124 M parameters; peers share the GPUs that there are.
+    # 121 M parameters; peers share the GPUs that there are.
     "gpu": {
         "model": {"layers": 17, "width": 768, "heads": 12, "context": 512},
         "batch": 16,
@@ -567,8 +567,8 @@ def _print(row: dict[str, Any]) -> None:
         else:
             text = f"{value:.3g}" if isinstance(value, float) else str(value)
         cells.append(f"{text:>{width}}")
-    note = f"failed: {row['failed']}" if "failed" in row else ""
-    print(*cells, "broken off" if "unfinished" in row else note, flush=True)
+    note = "broken off" if "unfinished" in row else ""
+    print(*cells, f"failed: {row['failed']}" if "failed" in row else note, flush=True)
 
 
 def _mbit(text: str) -> float:
