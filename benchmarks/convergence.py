@@ -270,7 +270,8 @@ async def our_curve(case: Case, task: Task, folder: Path, curve: Curve) -> None:
                         if number == 0:
                             step = round(event["round"] * steps_a_round)
                             point = {"step": step, "val_loss": event["val_loss"], "bytes": sent}
-                            curve.points.append({**point, "wall_s": at - max(began)})
+                            point["wait_s"] = wait_s
+                            curve.points.append({**point, "wall_s": max(0.0, at - max(began))})
                             sent = _since(before, daemons.pids)
                         at = event["at"]
                         wait_s += event.get("wait_s", event["allreduce_s"])
@@ -282,7 +283,8 @@ async def our_curve(case: Case, task: Task, folder: Path, curve: Curve) -> None:
                         curve.waits.append(wait_s / max(wall_s, 1e-9))
                         if number == 0:
                             point = {"step": task.steps, "val_loss": event["val_loss"]}
-                            curve.points.append({**point, "bytes": sent, "wall_s": wall_s})
+                            point |= {"bytes": sent, "wall_s": wall_s, "wait_s": wait_s}
+                            curve.points.append(point)
 
             await _all(follow(number) for number in range(task.peers))
         curve.broken = sum(log.count("butterfly.contributor_lost") for log in daemons.logs())
