@@ -266,10 +266,17 @@ class Box(_Member):
         with self._command(_Do.GRADIENT):
             return super().gradient(out)
 
-    def evaluate(self) -> float:
+    def evaluate(self, theta_N: Tensor | None = None) -> float:
         """As `Trainer.evaluate`; each rank has its share of the blocks."""
-        with self._command(_Do.EVALUATE):
-            return super().evaluate()
+        if theta_N is None:
+            with self._command(_Do.EVALUATE):
+                return super().evaluate()
+        held_N = self.read()
+        self.write(theta_N)
+        try:
+            return self.evaluate()
+        finally:
+            self.write(held_N)
 
     def close(self) -> None:
         """Send the other ranks home; nothing can be asked of the box afterwards."""
