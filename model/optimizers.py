@@ -31,7 +31,7 @@ _NEWTON_SCHULZ_STEPS = 5
 
 # What `lr=0` stands for: best of a few on a GPT of 2 layers and width 64; not tuned for others.
 # Fine-tuning a checkpoint wants a hundredth of it.
-_DEFAULT_LR = {"adamw": 4e-3, "muon": 0.015, "sgd": 0.1, "schedulefree": 8e-3}
+_DEFAULT_LR = {"adamw": 4e-3, "muon": 0.015, "sgd": 0.1, "schedulefree": 0.016}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,12 +44,13 @@ class OptimizerConfig:
     Args:
         kind: "muon" (hidden matrices by Muon, everything else by AdamW), "adamw", "sgd", or
             "schedulefree" (AdamW with an average in place of a decaying rate).
-        lr: peak learning rate of that kind; 0 means the kind's default (0.015, 0.004, 0.1, 0.008).
+        lr: peak learning rate of that kind; 0 means the kind's default (0.015, 0.004, 0.1, 0.016).
         adamw_lr: with Muon, the peak learning rate of embeddings, head and norms.
         momentum: Muon's and SGD's.
         nesterov: SGD's momentum looks ahead; Muon's always does.
         betas: AdamW's; with Schedule-Free the first is how near the average gradients are taken.
-        weight_decay: decoupled, on matrices only, times the learning rate.
+        weight_decay: decoupled, on matrices only, times the learning rate; SGD, whose rate is
+            larger, wants a hundredth of the default.
         grad_clip: largest gradient norm; 0 does not clip.
         warmup_samples: the swarm's sequences of linear warm-up.
         total_samples: the swarm's sequences until the cosine ends; 0 when nobody knows: constant
