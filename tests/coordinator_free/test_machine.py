@@ -959,7 +959,7 @@ def test_a_sound_plan_is_followed_once() -> None:
         {"numel": LAYOUT.numel - 1},
         {"numel": LAYOUT.numel - ALIGN_ELEMENTS, "slices": share([Run(start=0, stop=39)], FIVE)},
         {"chunk_elements": 2 * ALIGN_ELEMENTS, "slices": share([Run(start=0, stop=20)], FIVE)},
-        {"chunk_elements": ALIGN_ELEMENTS // 4},
+        {"chunk_elements": 4001},
         {"exchange_s": 601.0, "stall_s": 601.0 / 5},
         {"exchange_s": 14.9, "stall_s": 14.9 / 5},
         {"stall_s": 60.1},
