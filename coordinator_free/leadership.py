@@ -56,6 +56,8 @@ KEPT_HOLDERS = 16  # named of each run of chunks: enough to share the load of ha
 
 # Stragglers are asked for what they have when the quorum has waited for a quarter of its own time.
 GRACE_SHARE = 0.25
+# Where a round's exchange hides behind the training for the next one, nobody stands still yet.
+GRACE_SHARE_HIDDEN = 1.0
 GRACE_FLOOR_S = 0.5
 
 
@@ -294,7 +296,8 @@ class Leadership:
                 self._start(ready, now)
         elif len(ready) >= max(1, math.ceil(machine.config.quorum * len(machine.head.roster))):
             self._quorum_at = self._quorum_at if self._quorum_at is not None else now
-            share = max(GRACE_FLOOR_S, GRACE_SHARE * (self._quorum_at - self._began))
+            share = GRACE_SHARE if machine.config.parts == 1 else GRACE_SHARE_HIDDEN
+            share = max(GRACE_FLOOR_S, share * (self._quorum_at - self._began))
             if now - self._quorum_at >= min(machine.config.grace_s, share):
                 self._closing_at = now
                 self._beat(now)

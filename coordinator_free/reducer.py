@@ -15,11 +15,12 @@ import logging
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 
+import torch
 from torch import Tensor
 
 from coordinator_free import failpoints
 from coordinator_free.average import Chunk, ChunkStore, contributor_bits
-from coordinator_free.codecs import codec
+from coordinator_free.codecs import codec, mean_of_sent, sparse_codec
 from coordinator_free.memory import empty_vector
 from coordinator_free.messages import Plan, Slice
 from dht.errors import RoundError
@@ -70,6 +71,9 @@ class Reducer:
         self._add_residual = add_residual
         self._keep_residual = keep_residual
         self._sum_E = empty_vector(store.elements(piece.start))
+        # Of a sparse codec: the weight of those who sent an element, over which the mean is.
+        self._sparse = sparse_codec(plan.codec)
+        self._sent_E = torch.empty_like(self._sum_E) if self._sparse is not None else None
         self._frames: OrderedDict[int, bytes] = OrderedDict()
         window = max(WINDOW, WINDOW_BYTES // len(store.room(piece.start)))
         self._queues: dict[str, asyncio.Queue[bytes | memoryview | None]] = {
@@ -194,6 +198,10 @@ class Reducer:
         total = sum(self._weights[peer] for peer in payloads)
         elements = self._store.elements(index)
         sum_E = self._sum_E[:elements]
+        sent_E = self._sent_E
+        if sent_E is not None:
+            sum_E.zero_()
+            sent_E = sent_E[:elements].zero_()
         first = True
         for contribution in self._plan.contributions:
             payload = payloads.get(contribution.peer_id)
@@ -201,7 +209,10 @@ class Reducer:
                 continue
             weight = self._weights[contribution.peer_id] / total
             try:
-                if first:
+                if sent_E is not None:
+                    assert self._sparse is not None
+                    self._sparse.decode_add_sent(payload, elements, weight, sum_E, sent_E)
+                elif first:
                     self._codec.decode(payload, elements, sum_E, weight)
                 else:
                     self._codec.decode_add(payload, elements, weight, sum_E)
@@ -209,6 +220,8 @@ class Reducer:
                 logger.warning("butterfly.nonsense peer=%s %s", contribution.peer_id, error)
                 return contribution.peer_id
             first = False
+        if sent_E is not None:
+            mean_of_sent(sum_E, sent_E)
         return None
 
     async def abort(self) -> None:
