@@ -13,15 +13,17 @@ from coordinator_free.messages import Run, Slice
 # Every codec's block length divides this, so a chunk never splits a block.
 ALIGN_ELEMENTS = 4096
 CHUNK_BYTES = 1 << 21  # one message: what a message costs besides its bytes is little in this
+CHUNK_ELEMENTS = 1 << 23  # of which a reducer holds a sum in float32, whatever they are encoded as
 
 
 def largest_chunk(encoded_bytes: Callable[[int], int]) -> int:
-    """Elements whose encoding is about `CHUNK_BYTES`, in whole aligned pieces.
+    """Elements whose encoding is about `CHUNK_BYTES`, but no more than `CHUNK_ELEMENTS`.
 
     Args:
         encoded_bytes: the codec's, of a number of elements.
     """
-    return max(1, CHUNK_BYTES // encoded_bytes(ALIGN_ELEMENTS)) * ALIGN_ELEMENTS
+    pieces = min(CHUNK_BYTES // encoded_bytes(ALIGN_ELEMENTS), CHUNK_ELEMENTS // ALIGN_ELEMENTS)
+    return max(1, pieces) * ALIGN_ELEMENTS
 
 
 def chunk_elements(numel: int, reducers: int, largest: int, least: int) -> int:

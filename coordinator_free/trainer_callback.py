@@ -33,12 +33,14 @@ class SwarmCallback(TrainerCallback):
     Attributes:
         swarm: while training; its `link` is what others need.
         last: what the last step did.
+        rounds: how many have ended here.
     """
 
     def __init__(self, **options: Any) -> None:
         self._options = options
         self.swarm: SwarmOptimizer | None = None
         self.last: Step | None = None
+        self.rounds = 0
 
     def on_train_begin(
         self,
@@ -70,6 +72,7 @@ class SwarmCallback(TrainerCallback):
         """Hand in and take up what is due."""
         assert self.swarm is not None
         self.last = self.swarm.stepped()
+        self.rounds += self.last.ended is not None
         if self.last.over:
             control.should_training_stop = True
 
