@@ -22,7 +22,7 @@ from coordinator_free.partition import chunk_span
 from coordinator_free.wire import tree_root
 from dht.errors import ConfigError
 
-NUMEL = 4000
+NUMEL = 16_000
 CHUNK = 4096
 
 
