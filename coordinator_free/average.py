@@ -77,12 +77,16 @@ class ChunkStore:
         codec: how payloads are encoded.
         numel: length of the vector.
         chunk_elements: of every chunk but the last.
+
+    Attributes:
+        float_bytes: of a chunk as float32.
     """
 
     def __init__(self, codec: Codec, numel: int, chunk_elements: int) -> None:
         self._codec = codec
         self._numel = numel
         self._chunk_elements = chunk_elements
+        self.float_bytes = 4 * min(chunk_elements, numel)
         self._chunk_bytes = codec.encoded_bytes(chunk_elements)
         chunks = -(-numel // chunk_elements)
         last = numel - (chunks - 1) * chunk_elements
