@@ -22,15 +22,15 @@ from coordinator_free.certificates import Head
 from coordinator_free.chain import Chain
 from coordinator_free.config import RoundConfig
 from coordinator_free.contact import Contact
-from coordinator_free.messages import NO_DIGEST, Certificate, Kind
-from coordinator_free.outer import OuterConfig, OuterOptimizer
-from coordinator_free.replica import LEAF_ELEMENTS, MIN_KEPT_AVERAGES, Replica, State
+from coordinator_free.messages import NO_DIGEST, Certificate, Kind, Outcome
+from coordinator_free.replica import MIN_KEPT_AVERAGES, Replica
 from coordinator_free.session import Session
+from coordinator_free.state import LEAF_ELEMENTS, State
 from coordinator_free.transfer import Transfer
 from dht.directory import Directory
 from dht.errors import ProtocolViolation, StateError, Unreachable
 from dht.records import PeerRecord
-from tests.coordinator_free.test_replica import LAYOUT, apply, average, replica
+from tests.coordinator_free.test_replica import OPTIMIZER, apply, average, replica, shape
 from tests.coordinator_free.test_session import Peer, Swarm, rounds_of, swarm
 
 NUMEL = 100
@@ -114,10 +114,10 @@ class Others:
         await self.during_download()
         return states[root]
 
-    async def average(self, contact: Contact, root: bytes) -> Average:
+    async def average(self, contact: Contact, outcome: Outcome) -> Average:
         self.averages += 1
-        held = self.replicas[contact.peer_id].average(root)
-        if held is None or root in self.forgotten:
+        held = self.replicas[contact.peer_id].average(outcome.vector_root)
+        if held is None or outcome.vector_root in self.forgotten:
             raise Unreachable(contact.peer_id, "has not got it")
         return held
 
@@ -172,9 +172,8 @@ def catch_up(me: Me, others: Others, codec: str = "int4", folder: Path | None = 
         run_id="00" * 20,
         peer_id="me",
         round=RoundConfig(codec=codec, exchange_s=1.0),
-        layout=LAYOUT,
-        outer=OuterOptimizer(OuterConfig()),
-        numel=NUMEL,
+        shape=shape(NUMEL),
+        optimizer=OPTIMIZER,
         folder=folder,
     )
 

@@ -30,7 +30,8 @@ from coordinator_free.messages import (
     Outcome,
     Signature,
 )
-from coordinator_free.replica import State, state_root
+from coordinator_free.outer import OuterConfig, OuterOptimizer
+from coordinator_free.state import Fragment, Shape, State
 from coordinator_free.wire import head_digest
 from dht.errors import StateError
 
@@ -50,11 +51,15 @@ def member(peer: str, session: int = 1) -> Member:
     )
 
 
+def shape(numel: int = NUMEL, layout: str = LAYOUT) -> Shape:
+    return Shape.of(layout, numel, 1, OuterOptimizer(OuterConfig()))
+
+
 def state(seed: int, numel: int = NUMEL) -> State:
     generator = torch.Generator().manual_seed(seed)
-    theta_N = torch.randn(numel, generator=generator)
-    momentum_N = torch.randn(numel, generator=generator)
-    return State(theta_N, momentum_N, state_root(LAYOUT, theta_N, momentum_N))
+    of = shape(numel)
+    vectors = [[torch.randn(n, generator=generator) for n in each] for each in of.lengths]
+    return State.of(of, vectors)
 
 
 def decrees(
@@ -87,7 +92,7 @@ def decrees(
 
 
 def store(folder: Path, *, numel: int = NUMEL, keep: int = 3, run: str = RUN) -> CheckpointStore:
-    return CheckpointStore(folder, run_id=run, layout=LAYOUT, numel=numel, keep=keep)
+    return CheckpointStore(folder, run_id=run, shape=shape(numel), keep=keep)
 
 
 def save(into: CheckpointStore, round: int, numel: int = NUMEL) -> Path:
@@ -105,8 +110,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     path = store(tmp_path / "deep" / "run").save(saved, decrees(1, saved.root), b"proof")
     found = store(tmp_path / "deep" / "run").newest()
     assert found is not None
-    assert torch.equal(found.state.theta_N, saved.theta_N)
-    assert torch.equal(found.state.momentum_N, saved.momentum_N)
+    assert all(map(torch.equal, found.state.vectors(), saved.vectors()))
     assert found.state.root == saved.root
     assert found.certificates == decrees(1, saved.root)
     assert found.chain == b"proof"
@@ -204,7 +208,7 @@ def test_a_damaged_file_is_named_and_left(
 def test_another_run_or_model_is_refused(two_checkpoints: Path) -> None:
     assert store(two_checkpoints, run="cd" * 20).newest() is None
     assert store(two_checkpoints, numel=NUMEL + 1).newest() is None
-    other = CheckpointStore(two_checkpoints, run_id=RUN, layout="other", numel=NUMEL)
+    other = CheckpointStore(two_checkpoints, run_id=RUN, shape=shape(layout="other"))
     assert other.newest() is None
 
 
@@ -213,7 +217,9 @@ def test_a_state_that_is_not_its_certificates_is_refused(
 ) -> None:
     """The file is whole: somebody wrote it so."""
     real = state(1)
-    forged = State(real.theta_N + 1, real.momentum_N, real.root)
+    (fragment,) = real.fragments
+    theta_N, momentum_N = fragment.vectors
+    forged = real.then(0, Fragment((theta_N + 1, momentum_N), fragment.digests))
     store(tmp_path).save(forged, decrees(1, real.root))
     assert store(tmp_path).newest() is None
 
@@ -222,11 +228,14 @@ def test_a_huge_or_odd_file_costs_no_memory(tmp_path: Path) -> None:
     header = checkpoints._HEADER
     belongs = store(tmp_path)._belongs
     huge = 1 << 40
-    for number, (numel, named, chain) in enumerate(
-        [(huge, 10, 0), (NUMEL, 2**32 - 1, 0), (NUMEL, 10, 2**32 - 1), (NUMEL, 10, 0)], 1
+    own = shape().elements
+    for number, (elements, named, chain) in enumerate(
+        [(huge, 10, 0), (own, 2**32 - 1, 0), (own, 10, 2**32 - 1), (own, 10, 0)], 1
     ):
         path = tmp_path / f"{number:012d}.checkpoint"
-        path.write_bytes(header.pack(checkpoints._MAGIC, 1, belongs, numel, named, chain))
+        path.write_bytes(header.pack(
+                checkpoints._MAGIC, checkpoints._VERSION, belongs, elements, named, chain
+            ))
         os.truncate(path, huge)  # sparse
     os.mkfifo(tmp_path / "000000000005.checkpoint")  # would never deliver
     (tmp_path / "000000000006.checkpoint").symlink_to("/dev/zero")
@@ -353,7 +362,7 @@ class SlowStore(CheckpointStore):
     """Writes when it is let."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(folder, run_id=RUN, layout=LAYOUT, numel=NUMEL, keep=9)
+        super().__init__(folder, run_id=RUN, shape=shape(), keep=9)
         self.gate = threading.Event()
         self.begun = threading.Semaphore(0)
 

@@ -18,16 +18,15 @@ from coordinator_free.config import RoundConfig
 from coordinator_free.contact import Contact
 from coordinator_free.machine import Machine
 from coordinator_free.messages import Certificate, Kind
-from coordinator_free.outer import OuterConfig, OuterOptimizer
-from coordinator_free.replica import State
+from coordinator_free.state import State
 from coordinator_free.transfer import Transfer
 from coordinator_free.transport import Client
 from dht.directory import Directory
 from dht.errors import StateError, Unreachable
 from dht.records import PeerRecord
-from tests.coordinator_free.test_catchup import LAYOUT, NUMEL, record
+from tests.coordinator_free.test_catchup import NUMEL, record
 from tests.coordinator_free.test_machine import Rig
-from tests.coordinator_free.test_replica import state
+from tests.coordinator_free.test_replica import OPTIMIZER, shape, state
 from tests.sim.world import Key
 
 CONFIG = RoundConfig(codec="fp32", exchange_s=1.0, provisional_s=0.1)
@@ -90,9 +89,8 @@ class Stranded:
             run_id="00" * 20,
             peer_id="a",
             round=CONFIG,
-            layout=LAYOUT,
-            outer=OuterOptimizer(OuterConfig()),
-            numel=NUMEL,
+            shape=shape(NUMEL),
+            optimizer=OPTIMIZER,
         )
         coming = ComeBack(
             self,

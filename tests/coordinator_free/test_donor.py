@@ -27,17 +27,18 @@ from coordinator_free.messages import (
     Hello,
     Kind,
 )
-from coordinator_free.outer import OuterConfig, OuterOptimizer
-from coordinator_free.replica import LEAF_ELEMENTS, Replica, State, leaf_digests
+from coordinator_free.replica import Replica
+from coordinator_free.state import LEAF_ELEMENTS, State
 from coordinator_free.transfer import Transfer
 from coordinator_free.transport import Client
 from dht.errors import Declined, Overloaded, StateError, Unreachable
 from tests.coordinator_free.test_replica import (
-    LAYOUT,
+    OPTIMIZER,
     apply,
     average,
     certificate,
     replica,
+    shape,
     state,
 )
 from tests.sim.world import RUN, check
@@ -56,7 +57,7 @@ def donor(held: Replica, clock: Callable[[], float]) -> Donor:
 
 
 def step(held: Replica, seed: int) -> None:
-    one = average(seed, held.numel)
+    one = average(seed, held.state.shape.numel)
     apply(held, held.consider(one), one)
 
 
@@ -78,7 +79,7 @@ async def test_digests_and_leaves_of_the_current_state_are_served() -> None:
     (frame,) = await all_of(serving.serve("x", fetch(root)))
     header, payload = wire.unpack_frame(frame)
     assert header.part == 1
-    assert bytes(payload) == b"".join(leaf_digests(held.state.theta_N, held.state.momentum_N))
+    assert bytes(payload) == b"".join(held.state.digests)
     frames = await all_of(serving.serve("x", fetch(root, 3, 0)))
     sent = [(h.chunk, bytes(p)) for h, p in map(wire.unpack_frame, frames)]
     assert sent == [(3, bytes(held.state.leaf(3))), (0, bytes(held.state.leaf(0)))]
@@ -286,8 +287,7 @@ def transfer_over(network: Network, numel: int = BIG) -> Transfer:
         client=cast(Client, network),
         run_id=RUN,
         creator="a",
-        layout=LAYOUT,
-        numel=numel,
+        shape=shape(numel),
         round=RoundConfig(),
         check=check,
     )
@@ -305,15 +305,15 @@ def swarm(names: str) -> tuple[Network, State]:
     whole = state(numel=BIG)
     chain = Chain.begin(certificate(whole.root, kind=Kind.FOUND))
     for name in names:
-        held = Replica(LAYOUT, OuterOptimizer(OuterConfig()), whole, chain)
+        held = Replica(OPTIMIZER, whole, chain)
         network.donors[name] = donor(held, asyncio.get_running_loop().time)
     return network, whole
 
 
 def assert_same(got: State, whole: State) -> None:
     assert got.root == whole.root
-    assert torch.equal(got.theta_N, whole.theta_N)
-    assert torch.equal(got.momentum_N, whole.momentum_N)
+    assert got.digests == whole.digests
+    assert all(map(torch.equal, got.vectors(), whole.vectors()))
 
 
 async def test_a_state_comes_from_all_donors(caplog: pytest.LogCaptureFixture) -> None:
@@ -321,7 +321,7 @@ async def test_a_state_comes_from_all_donors(caplog: pytest.LogCaptureFixture) -
     got = await transfer_over(network).state(whole.root, contacts("abcd"))  # type: ignore[arg-type]
     assert_same(got, whole)
     assert set(network.leaves) == set("abcd")
-    assert all(len(leaves) <= whole.leaves // 2 for leaves in network.leaves.values())
+    assert all(len(leaves) <= len(whole.shape.leaves) // 2 for leaves in network.leaves.values())
 
 
 def last_byte_flipped(frame: bytes) -> bytes:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator_free import download as downloads
-from coordinator_free import replica
+from coordinator_free import state as states
 from coordinator_free.download import (
     BUSY_PATIENCE_S,
     PATIENCE_S,
@@ -27,7 +27,8 @@ from coordinator_free.download import (
     Drop,
     Step,
 )
-from coordinator_free.replica import State, leaf_digests, state_root
+from coordinator_free.outer import OuterConfig, OuterOptimizer
+from coordinator_free.state import Shape, State
 from dht.errors import StateError
 
 LAYOUT = "layout"
@@ -39,14 +40,15 @@ OFFER_S = 2.0
 @pytest.fixture(autouse=True)
 def small_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves of 40 bytes, and a floor under the donors' speed that goes with them."""
-    monkeypatch.setattr(replica, "LEAF_ELEMENTS", 10)
+    monkeypatch.setattr(states, "LEAF_ELEMENTS", 10)
     monkeypatch.setattr(downloads, "SLOWEST_BPS", 4.0)
 
 
 def a_state(numel: int = NUMEL) -> State:
     generator = torch.Generator().manual_seed(1)
-    vectors = [torch.randn(numel, generator=generator) for _ in range(2)]
-    return State(*vectors, state_root(LAYOUT, *vectors))
+    shape = Shape.of(LAYOUT, numel, 1, OuterOptimizer(OuterConfig()))
+    vectors = [[torch.randn(n, generator=generator) for n in each] for each in shape.lengths]
+    return State.of(shape, vectors)
 
 
 @dataclass
@@ -77,7 +79,7 @@ class Play:
         self.state = a_state(numel=numel)
         self.donors = donors
         self.come_at = come_at or {}
-        self.download = Download(self.state.root, LAYOUT, numel)
+        self.download = Download(self.state.root, self.state.shape)
         self.now = 0.0
         self.dropped: list[Drop] = []
         self._events: list[tuple[float, int, Callable[[], list[Step]]]] = []
@@ -142,7 +144,7 @@ class Play:
         if self.now >= donor.dies_at:
             return self.download.failed(name, "broke off", self.now)
         if leaf is None:
-            digests = leaf_digests(self.state.theta_N, self.state.momentum_N)
+            digests = self.state.digests
             if donor.lies_about_digests:
                 digests[3] = digests[4]
             return self.download.digests(name, digests, self.now)
@@ -160,8 +162,8 @@ class Play:
 
 def assert_whole(play: Play, got: State) -> None:
     assert got.root == play.state.root
-    assert torch.equal(got.theta_N, play.state.theta_N)
-    assert torch.equal(got.momentum_N, play.state.momentum_N)
+    assert got.digests == play.state.digests
+    assert all(map(torch.equal, got.vectors(), play.state.vectors()))
 
 
 # -- many donors ------------------------------------------------------------------------------
@@ -216,9 +218,9 @@ def test_a_dawdler_is_dropped_by_the_measure_of_the_others() -> None:
     assert_whole(play, play.run())
     (drop,) = play.dropped
     assert (drop.donor, drop.reason, drop.lied) == ("dawdler", "dawdles", False)
-    alone = Download(play.state.root, LAYOUT, 10 * NUMEL)
+    alone = Download(play.state.root, play.state.shape)
     alone.offer(["x"], 0.0)
-    alone.digests("x", leaf_digests(play.state.theta_N, play.state.momentum_N), 0.0)
+    alone.digests("x", play.state.digests, 0.0)
     assert alone.tick(STALL_S + 9) == []  # the floor alone lets a leaf take ten seconds more
     assert [type(step) for step in alone.tick(STALL_S + 11)] == [Drop]
 
@@ -313,9 +315,9 @@ def test_a_list_of_digests_without_the_root_is_a_lie() -> None:
     play = Play({"liar": Donor(lies_about_digests=True), "a": Donor()})
     assert_whole(play, play.run())
     assert play.download.liars == {"liar"}
-    digests = leaf_digests(play.state.theta_N, play.state.momentum_N)
+    digests = play.state.digests
     for wrong in ([], digests[:-1], [*digests, digests[0]], digests[::-1], [b""] * len(digests)):
-        fresh = Download(play.state.root, LAYOUT, NUMEL)
+        fresh = Download(play.state.root, play.state.shape)
         assert fresh.offer(["x"], 0.0) == [AskDigests("x")]
         assert [type(step) for step in fresh.digests("x", wrong, 0.0)] == [Drop]
         assert fresh.liars == {"x"}
@@ -324,9 +326,9 @@ def test_a_list_of_digests_without_the_root_is_a_lie() -> None:
 @pytest.mark.parametrize("payload", [b"", bytes(39), bytes(41), bytes(40)])
 def test_a_leaf_of_another_length_or_content_is_a_lie(payload: bytes) -> None:
     state = a_state()
-    download = Download(state.root, LAYOUT, NUMEL)
+    download = Download(state.root, state.shape)
     download.offer(["x"], 0.0)
-    steps = download.digests("x", leaf_digests(state.theta_N, state.momentum_N), 0.0)
+    steps = download.digests("x", state.digests, 0.0)
     assert steps == [AskLeaf("x", 0)]
     (drop,) = download.leaf("x", 0, payload, 0.1)
     assert isinstance(drop, Drop)
@@ -335,8 +337,8 @@ def test_a_leaf_of_another_length_or_content_is_a_lie(payload: bytes) -> None:
 
 def test_what_was_not_asked_for_is_ignored() -> None:
     state = a_state()
-    digests = leaf_digests(state.theta_N, state.momentum_N)
-    download = Download(state.root, LAYOUT, NUMEL)
+    digests = state.digests
+    download = Download(state.root, state.shape)
     assert download.digests("stranger", digests, 0.0) == []
     download.offer(["x"], 0.0)
     assert download.leaf("x", 0, state.leaf(0), 0.0) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,24 +10,34 @@ from typing import TypeVar
 
 import pytest
 import torch
+from torch import Tensor
 
 from coordinator_free.handoff import Assignment, Handoff, RoundResult, SessionClosed
+from coordinator_free.outer import OuterConfig, OuterOptimizer
+from coordinator_free.partition import ALIGN_ELEMENTS
+from coordinator_free.state import Shape, State
 from dht.errors import RoundError
 
 T = TypeVar("T")
 WAIT_S = 20.0
-THETA_N = torch.tensor([1.0, 2.0, 3.0])
-LOCAL_N = torch.tensor([0.5, 2.0, 4.0])
+SHAPE = Shape.of("layout", 3, 1, OuterOptimizer(OuterConfig(kind="sgd")))
+STATE = State.begin(SHAPE, torch.tensor([1.0, 2.0, 3.0]))
 
 
 def work(round: int) -> Assignment:
-    return Assignment(round=round, seat=0, seats=1, theta_N=THETA_N, closing=threading.Event())
+    return Assignment(
+        round=round, seat=0, seats=1, samples=20, state=STATE, closing=threading.Event()
+    )
+
+
+def update() -> Tensor:
+    return torch.tensor([0.5, 0.0, -1.0])
 
 
 def result(round: int, *, included: bool = True) -> RoundResult:
     return RoundResult(
         round=round,
-        included=included,
+        spans=((0, 3),) if included else (),
         members=2,
         digest="ab",
         samples=0,
@@ -34,6 +45,7 @@ def result(round: int, *, included: bool = True) -> RoundResult:
         bytes_sent=1,
         bytes_received=2,
         allreduce_s=0.1,
+        commit_s=0.1,
         round_s=0.2,
     )
 
@@ -45,19 +57,24 @@ class Trainer:
         self.handoff = Handoff()
         self.pool = ThreadPoolExecutor(1)
         self.told: list[tuple[int, int]] = []
-        self.submitted = threading.Event()
+        self.handed_in = threading.Event()
 
     def _notify(self, round: int, samples: int) -> None:
         self.told.append((round, samples))
-        self.submitted.set()
+        self.handed_in.set()
 
     def does(self, call: Callable[[], T]) -> Future[T]:
         return self.pool.submit(call)
 
-    def submits(self, samples: int = 7) -> Future[RoundResult]:
-        """A submission that has reached the point where it waits."""
-        future = self.does(lambda: self.handoff.submit(LOCAL_N.clone(), samples, self._notify))
-        assert self.submitted.wait(WAIT_S)
+    def hands_in(self, samples: int = 7, update_E: Tensor | None = None) -> Future[RoundResult]:
+        """Work that is handed in, and the wait for its round's end."""
+
+        def call() -> RoundResult:
+            self.handoff.hand_in(update() if update_E is None else update_E, samples, self._notify)
+            return self.handoff.result()
+
+        future = self.does(call)
+        assert self.handed_in.wait(WAIT_S)
         return future
 
 
@@ -78,36 +95,36 @@ def test_a_round_there_and_back(trainer: Trainer) -> None:
     waiting = trainer.does(handoff.next)
     handoff.assign(given := work(4))
     assert waiting.result(WAIT_S) is given
-    done = trainer.submits()
+    done = trainer.hands_in()
     assert trainer.told == [(4, 7)]
-    delta_N = handoff.pseudo_gradient(4)
-    assert delta_N is not None
-    assert delta_N.tolist() == [0.5, 0.0, -1.0]
+    update_E = handoff.update(4)
+    assert update_E is not None
+    assert update_E.tolist() == [0.5, 0.0, -1.0]
     assert not done.done()
     handoff.resolve(result(4))
     ended = done.result(WAIT_S)
     assert (ended.round, ended.samples, ended.total_samples) == (4, 7, 30)
 
 
-def test_nobody_gets_the_pseudo_gradient_of_another_round(trainer: Trainer) -> None:
+def test_nobody_gets_the_work_of_another_round(trainer: Trainer) -> None:
     handoff = trainer.handoff
-    assert handoff.pseudo_gradient(0) is None
+    assert handoff.update(0) is None
     handoff.assign(work(4))
-    assert handoff.pseudo_gradient(4) is None
+    assert handoff.update(4) is None
     handoff.next()
-    trainer.submits()
-    assert handoff.pseudo_gradient(3) is None
-    assert handoff.pseudo_gradient(5) is None
+    trainer.hands_in()
+    assert handoff.update(3) is None
+    assert handoff.update(5) is None
     handoff.assign(work(5))
-    assert handoff.pseudo_gradient(4) is None
-    assert handoff.pseudo_gradient(5) is None
+    assert handoff.update(4) is None
+    assert handoff.update(5) is None
 
 
 def test_superseded_work_is_void_and_says_so(trainer: Trainer) -> None:
     handoff = trainer.handoff
     handoff.assign(old := work(4))
     handoff.next()
-    done = trainer.submits()
+    done = trainer.hands_in()
     handoff.assign(new := work(4))  # the same round, from another state
     with pytest.raises(RoundError) as void:
         done.result(WAIT_S)
@@ -122,37 +139,39 @@ def test_work_that_was_superseded_before_it_was_handed_in_is_void(trainer: Train
     handoff.assign(work(4))
     handoff.next()
     handoff.assign(work(6))
+    handoff.hand_in(update(), 7, trainer._notify)
     with pytest.raises(RoundError):
-        handoff.submit(LOCAL_N.clone(), 7, trainer._notify)
+        handoff.result()
     assert trainer.told == []
-    assert handoff.pseudo_gradient(6) is None
+    assert handoff.update(6) is None
 
 
-def test_a_late_submission_gets_the_committed_result(trainer: Trainer) -> None:
+def test_work_that_comes_late_gets_the_committed_result(trainer: Trainer) -> None:
     handoff = trainer.handoff
     handoff.assign(given := work(4))
     handoff.next()
     handoff.resolve(result(4))
     assert given.closing.is_set()
-    late = handoff.submit(LOCAL_N.clone(), 9, trainer._notify)
+    handoff.hand_in(update(), 9, trainer._notify)
+    late = handoff.result()
     assert (late.round, late.samples) == (4, 9)
     assert trainer.told == []  # the swarm did not wait, and gets nothing
     handoff.assign(work(5))
     handoff.next()
-    assert not trainer.submits().done()
+    assert not trainer.hands_in().done()
 
 
 def test_a_result_outweighs_both_the_next_assignment_and_the_end(trainer: Trainer) -> None:
     handoff = trainer.handoff
     handoff.assign(work(4))
     handoff.next()
-    done = trainer.submits()
+    done = trainer.hands_in()
     handoff.resolve(result(4))
     handoff.assign(work(5))
     assert done.result(WAIT_S).round == 4
     handoff.next()
-    trainer.submitted.clear()
-    done = trainer.submits()
+    trainer.handed_in.clear()
+    done = trainer.hands_in()
     handoff.resolve(result(5))
     handoff.close()
     assert done.result(WAIT_S).round == 5
@@ -168,7 +187,7 @@ def test_close_wakes_whoever_waits_for_a_result(trainer: Trainer) -> None:
     handoff = trainer.handoff
     handoff.assign(given := work(4))
     handoff.next()
-    done = trainer.submits()
+    done = trainer.hands_in()
     handoff.close()
     with pytest.raises(SessionClosed):
         done.result(WAIT_S)
@@ -181,7 +200,9 @@ def test_nothing_begins_after_the_end(trainer: Trainer) -> None:
     handoff.close()
     assert handoff.next() is None
     with pytest.raises(SessionClosed):
-        handoff.submit(LOCAL_N.clone(), 7, trainer._notify)
+        handoff.hand_in(update(), 7, trainer._notify)
+    with pytest.raises(SessionClosed):
+        handoff.result()
 
 
 def test_work_is_handed_out_once_and_not_when_its_round_is_over(trainer: Trainer) -> None:
@@ -207,51 +228,66 @@ def test_only_the_round_under_way_can_be_closed(trainer: Trainer) -> None:
     assert given.closing.is_set()
 
 
-def test_work_that_missed_its_round_counts_in_the_next_by_its_samples(trainer: Trainer) -> None:
+def test_handing_in_waits_for_nobody_and_what_was_handed_in_stays_until_the_next_work(
+    trainer: Trainer,
+) -> None:
     handoff = trainer.handoff
     handoff.assign(work(4))
-    trainer.does(handoff.next).result(WAIT_S)
-    late = trainer.submits(samples=10)
-    handoff.resolve(result(4, included=False))
-    assert late.result(WAIT_S).samples == 10
-    trainer.submitted.clear()
+    handoff.next()
+    update_E = update()
+    handoff.hand_in(update_E, 7, trainer._notify)  # in this thread: it would never return
+    assert handoff.update(4) is update_E
+    handoff.resolve(result(4))
+    assert handoff.update(4) is update_E  # who missed the round may still ask for it
     handoff.assign(work(5))
-    trainer.does(handoff.next).result(WAIT_S)
-    twice_N = THETA_N + 3 * (LOCAL_N - THETA_N)
-    both = trainer.does(lambda: handoff.submit(twice_N, 30, trainer._notify))
-    assert trainer.submitted.wait(WAIT_S)
-    assert trainer.told[-1] == (5, 40)
-    # 30 samples of three times the change and 10 of once.
-    assert torch.allclose(handoff.pseudo_gradient(5), 2.5 * (THETA_N - LOCAL_N))
-    handoff.resolve(result(5))
-    assert both.result(WAIT_S).samples == 40
+    assert handoff.update(4) is handoff.update(5) is None
 
 
-@pytest.mark.parametrize("why", ["it counted", "a round passed", "another state", "no samples"])
-def test_only_work_that_missed_the_round_before_is_carried_over(trainer: Trainer, why: str) -> None:
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+def test_work_that_is_not_finite_counts_for_nothing(trainer: Trainer, wrong: float) -> None:
     handoff = trainer.handoff
     handoff.assign(work(4))
-    trainer.does(handoff.next).result(WAIT_S)
-    first = trainer.submits(samples=0 if why == "no samples" else 10)
-    handoff.resolve(result(4, included=why == "it counted"))
-    first.result(WAIT_S)
-    if why == "another state":
-        handoff.restart()
-    trainer.submitted.clear()
-    round = 6 if why == "a round passed" else 5
-    handoff.assign(work(round))
-    trainer.does(handoff.next).result(WAIT_S)
-    trainer.submits(samples=30)
-    assert trainer.told[-1] == (round, 30)
-    assert torch.equal(handoff.pseudo_gradient(round), THETA_N - LOCAL_N)
+    handoff.next()
+    done = trainer.hands_in(update_E=torch.tensor([0.0, wrong, 1.0]))
+    assert trainer.told == [(4, 0)]
+    handoff.resolve(result(4, included=False))
+    assert done.result(WAIT_S).samples == 0
 
 
-def test_work_that_changed_nothing_leaves_the_parameters_of_all_alone(trainer: Trainer) -> None:
+def test_hurried_is_who_owes_work_that_the_others_wait_for(trainer: Trainer) -> None:
     handoff = trainer.handoff
+    assert not handoff.hurried
     handoff.assign(work(4))
-    given = trainer.does(handoff.next).result(WAIT_S)
-    before = given.theta_N.clone()
-    trainer.does(lambda: handoff.submit(given.theta_N, 7, trainer._notify))
-    assert trainer.submitted.wait(WAIT_S)
-    assert torch.equal(given.theta_N, before)
-    assert not handoff.pseudo_gradient(4).any()
+    handoff.next()
+    assert not handoff.hurried
+    handoff.close_work(4)
+    assert handoff.hurried
+    trainer.hands_in()
+    assert not handoff.hurried  # it is there
+    handoff.assign(work(5))
+    assert not handoff.hurried
+    handoff.close()
+    assert handoff.hurried  # whoever trains on finds out that it is over
+
+
+def test_the_round_is_that_of_the_work_that_was_taken(trainer: Trainer) -> None:
+    handoff = trainer.handoff
+    assert handoff.round == 0
+    handoff.assign(work(4))
+    handoff.next()
+    handoff.assign(work(6))
+    assert handoff.round == 4
+
+
+def test_an_assignment_says_what_its_round_averages() -> None:
+    shape = Shape.of("layout", 3 * ALIGN_ELEMENTS, 3, OuterOptimizer(OuterConfig()))
+    theta_N = torch.arange(3.0 * ALIGN_ELEMENTS)
+    state = State.begin(shape, theta_N.clone())
+    given = [dataclasses.replace(work(round), state=state) for round in range(5)]
+    assert [one.fragment for one in given] == [0, 1, 2, 0, 1]
+    assert all(torch.equal(one.theta_N, theta_N) for one in given)
+
+
+def test_spans_say_whether_work_is_in_the_mean() -> None:
+    assert result(1).included
+    assert not result(1, included=False).included

@@ -61,7 +61,7 @@ from tests.sim.world import RUN, Key, check
 T = TypeVar("T")
 M = TypeVar("M")
 CONFIG = RoundConfig(codec="fp32")
-LAYOUT = Layout(numel=160_000, largest_chunk=ALIGN_ELEMENTS)
+LAYOUT = Layout(lengths=(160_000,), largest_chunk=ALIGN_ELEMENTS)
 CHUNKS = 40
 HEIGHT, ROUND, SAMPLES = 4, 2, 500
 
@@ -167,7 +167,7 @@ class Rig:
             contributions=tuple(Contribution(peer_id=peer, samples=10) for peer in self.head.peers),
             slices=share([Run(start=0, stop=CHUNKS)], self.head.peers),
             kept=(),
-            numel=LAYOUT.numel,
+            numel=LAYOUT.numel(ROUND),
             chunk_elements=ALIGN_ELEMENTS,
             codec="fp32",
             exchange_s=60.0,
@@ -846,7 +846,7 @@ def test_work_that_leads_nowhere_is_done_once_more() -> None:
 
 def test_a_plan_that_no_leader_here_made_is_not_taken_over() -> None:
     leader = taken_over(1)
-    plan = leader.plan(numel=LAYOUT.numel - 1)
+    plan = leader.plan(numel=LAYOUT.numel(ROUND) - 1)
     leader.hears(L2, leader.promise(1, plan=plan))
     leader.works()
     leader.hears(L3, leader.promise(1))
@@ -956,8 +956,8 @@ def test_a_sound_plan_is_followed_once() -> None:
             "contributions": (Contribution(peer_id=L0, samples=10),),
             "slices": share([Run(start=0, stop=CHUNKS)], (L0,)),
         },
-        {"numel": LAYOUT.numel - 1},
-        {"numel": LAYOUT.numel - ALIGN_ELEMENTS, "slices": share([Run(start=0, stop=39)], FIVE)},
+        {"numel": LAYOUT.numel(ROUND) - 1},
+        {"numel": LAYOUT.numel(ROUND) - ALIGN_ELEMENTS, "slices": share([Run(start=0, stop=39)], FIVE)},
         {"chunk_elements": 2 * ALIGN_ELEMENTS, "slices": share([Run(start=0, stop=20)], FIVE)},
         {"chunk_elements": 4001},
         {"exchange_s": 601.0, "stall_s": 601.0 / 5},
@@ -1426,7 +1426,7 @@ def test_a_proposal_that_is_repeated_is_no_answer_either() -> None:
 
 def test_many_small_pieces_fill_no_message() -> None:
     """Reported one by one: the mend is one that can be sent, and keeps the longest."""
-    layout = Layout(numel=4000 * ALIGN_ELEMENTS, largest_chunk=ALIGN_ELEMENTS)
+    layout = Layout(lengths=(4000 * ALIGN_ELEMENTS,), largest_chunk=ALIGN_ELEMENTS)
     names = [f"{name}{'x' * 51}" for name in "abcdefghijklmnopqrstuvwxyz"]
     held = {
         name: runs_of(n for n in range(4000) if n < 1000 or (n + place) % 3)
@@ -1453,7 +1453,7 @@ def mended(names: list[str], kept: tuple[Kept, ...], layout: Layout) -> Plan:
         contributions=tuple(Contribution(peer_id=name, samples=2**40) for name in names),
         slices=share(runs_of(n for n in range(4000) if n not in found), names),
         kept=kept,
-        numel=layout.numel,
+        numel=layout.numel(ROUND),
         chunk_elements=ALIGN_ELEMENTS,
         codec="fp32",
         exchange_s=60.0,

@@ -24,7 +24,8 @@ from coordinator_free.planning import (
 UNKNOWN = Rate(up_bps=0.0, down_bps=0.0)
 MBIT = 1e6 / 8
 CONFIG = RoundConfig(codec="fp32")
-LAYOUT = Layout(numel=16_000_000, largest_chunk=largest_chunk(codec("fp32").encoded_bytes))
+NUMEL = 16_000_000
+LAYOUT = Layout(lengths=(NUMEL,), largest_chunk=largest_chunk(codec("fp32").encoded_bytes))
 BYTES = 64e6
 
 
@@ -35,7 +36,7 @@ def seat(name: str, mbit: float = 0.0, **other: object) -> Seat:
 
 
 def planned(seats: list[Seat], pace_s: float | None = None) -> Draft:
-    return draft(seats, LAYOUT, CONFIG, pace_s)
+    return draft(seats, LAYOUT, 0, CONFIG, pace_s)
 
 
 def plan(drafted: Draft, names: str, round: int = 0) -> Plan:
@@ -52,7 +53,7 @@ def plan(drafted: Draft, names: str, round: int = 0) -> Plan:
         kept=(),
         links=drafted.links,
         expected_s=drafted.expected_s,
-        numel=LAYOUT.numel,
+        numel=NUMEL,
         chunk_elements=drafted.chunk_elements,
         codec="fp32",
         exchange_s=drafted.exchange_s,
@@ -116,7 +117,8 @@ def test_a_slow_link_sends_a_part_and_in_time_every_part() -> None:
 def test_nothing_is_left_out_of_a_short_exchange() -> None:
     drafted = draft(
         [*(seat(name, 200) for name in "abcd"), seat("e", 20)],
-        replace(LAYOUT, numel=LAYOUT.numel // 20),
+        replace(LAYOUT, lengths=(NUMEL // 20,)),
+        0,
         CONFIG,
         None,
     )
@@ -137,8 +139,8 @@ def test_links_that_are_measured_nearly_alike_get_the_same() -> None:
 
 
 def test_a_moment_is_not_worth_planning() -> None:
-    tiny = replace(LAYOUT, numel=100_000)
-    drafted = draft([seat("a", 100), *(seat(name, 10) for name in "bcd")], tiny, CONFIG, None)
+    tiny = replace(LAYOUT, lengths=(100_000,))
+    drafted = draft([seat("a", 100), *(seat(name, 10) for name in "bcd")], tiny, 0, CONFIG, None)
     assert max(shares(drafted).values()) - min(shares(drafted).values()) <= 1
     assert drafted.links == ()
 

@@ -5,8 +5,6 @@ import dataclasses
 import pytest
 import torch
 from blake3 import blake3
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from coordinator_free.average import Average, Chunk
 from coordinator_free.chain import Chain
@@ -17,19 +15,16 @@ from coordinator_free.outer import OuterConfig, OuterOptimizer
 from coordinator_free.replica import (
     KEPT_CANDIDATES,
     KEPT_CERTIFICATES,
-    LEAF_ELEMENTS,
     MAX_KEPT_AVERAGES,
     MIN_KEPT_AVERAGES,
     Replica,
-    State,
-    leaf_bounds,
-    leaf_digests,
-    state_root,
 )
-from coordinator_free.wire import head_digest, tree_root
+from coordinator_free.state import LEAF_ELEMENTS, Fragment, Shape, State
+from coordinator_free.wire import head_digest
 from dht.errors import StateError
 
 LAYOUT = "layout"
+OPTIMIZER = OuterOptimizer(OuterConfig())
 NUMEL = LEAF_ELEMENTS + 10  # two leaves a vector
 ROSTER = (
     Member(
@@ -43,11 +38,16 @@ ROSTER = (
 )
 
 
-def state(seed: int = 0, numel: int = NUMEL) -> State:
+def shape(numel: int = NUMEL, fragments: int = 1) -> Shape:
+    return Shape.of(LAYOUT, numel, fragments, OPTIMIZER)
+
+
+def state(seed: int = 0, numel: int = NUMEL, fragments: int = 1) -> State:
     generator = torch.Generator().manual_seed(seed)
-    theta_N = torch.randn(numel, generator=generator)
-    momentum_N = torch.randn(numel, generator=generator)
-    return State(theta_N, momentum_N, state_root(LAYOUT, theta_N, momentum_N))
+    of = shape(numel, fragments)
+    return State.of(
+        of, [[torch.randn(length, generator=generator) for length in each] for each in of.lengths]
+    )
 
 
 def average(seed: int, numel: int, codec_name: str = "fp32") -> Average:
@@ -80,10 +80,10 @@ def certificate(
     return Certificate(outcome=outcome, ballot=0, provisional=False, signatures=())
 
 
-def replica(numel: int = 100) -> Replica:
-    first = state(numel=numel)
+def replica(numel: int = 100, fragments: int = 1) -> Replica:
+    first = state(numel=numel, fragments=fragments)
     chain = Chain.begin(certificate(first.root, kind=Kind.FOUND))
-    return Replica(LAYOUT, OuterOptimizer(OuterConfig()), first, chain)
+    return Replica(OPTIMIZER, first, chain)
 
 
 def apply(held: Replica, root: bytes, one: Average | None) -> None:
@@ -93,46 +93,12 @@ def apply(held: Replica, root: bytes, one: Average | None) -> None:
     held.apply(certificate(root, after=newest, kind=kind, vector_root=vector))
 
 
-# -- roots and downloads ----------------------------------------------------------------------
-
-
-def test_the_root_is_what_the_protocol_says() -> None:
-    held = state()
-    raw = [vector.numpy().tobytes() for vector in (held.theta_N, held.momentum_N)]
-    mebibyte = 1 << 20
-    leaves = [blake3(b"shoal layout v1\0" + LAYOUT.encode()).digest()]
-    for text in raw:
-        leaves += [blake3(text[:mebibyte]).digest(), blake3(text[mebibyte:]).digest()]
-    assert held.root == tree_root(leaves)
-
-
-@settings(deadline=None, max_examples=30)
-@given(st.integers(0, 299), st.booleans())
-def test_every_element_and_the_layout_are_in_the_root(at: int, in_theta: bool) -> None:
-    theta_N, momentum_N = torch.arange(300.0), torch.arange(300.0).flip(0)
-    root = state_root(LAYOUT, theta_N, momentum_N)
-    assert root == state_root(LAYOUT, theta_N.clone(), momentum_N.clone())
-    assert root != state_root(LAYOUT + "x", theta_N, momentum_N)
-    assert root != state_root(LAYOUT, momentum_N, theta_N)
-    changed = theta_N if in_theta else momentum_N
-    changed[at] = -changed[at] - 0.5
-    assert root != state_root(LAYOUT, theta_N, momentum_N)
-
-
-@pytest.mark.parametrize("numel", [1, LEAF_ELEMENTS, NUMEL])
-def test_leaves_put_together_are_the_state(numel: int) -> None:
-    held = state(numel=numel)
-    bounds = leaf_bounds(numel)
-    assert held.leaves == len(bounds)
-    leaves = [bytes(held.leaf(number)) for number in range(held.leaves)]
-    assert [len(leaf) for leaf in leaves] == [stop - start for _, start, stop in bounds]
-    raw = [vector.numpy().tobytes() for vector in (held.theta_N, held.momentum_N)]
-    assert b"".join(leaves) == b"".join(raw)
-    digests = leaf_digests(held.theta_N, held.momentum_N)
-    assert digests == [blake3(leaf).digest() for leaf in leaves]
-    for outside in (-1, held.leaves):
-        with pytest.raises(IndexError):
-            held.leaf(outside)
+def after(before: State, one: Average, number: int = 0, *, round: int = 0) -> list[torch.Tensor]:
+    """The vectors of a fragment after one outer step."""
+    vectors = before.fragments[number].vectors
+    out = [torch.empty_like(vector) for vector in vectors]
+    OPTIMIZER.advance(vectors, one.values(), out, Position(round=round, samples=0))
+    return out
 
 
 # -- becoming the next state ------------------------------------------------------------------
@@ -145,16 +111,9 @@ def test_applying_an_average_is_one_outer_step() -> None:
     root = held.consider(one)
     assert held.state is before  # only considered
     apply(held, root, one)
-    theta_N, momentum_N = torch.empty_like(before.theta_N), torch.empty_like(before.momentum_N)
-    OuterOptimizer(OuterConfig()).advance(
-        (before.theta_N, before.momentum_N),
-        one.values(),
-        (theta_N, momentum_N),
-        Position(round=1, samples=0),
-    )
-    assert torch.equal(held.state.theta_N, theta_N)
-    assert torch.equal(held.state.momentum_N, momentum_N)
-    assert held.state.root == root == state_root(LAYOUT, theta_N, momentum_N)
+    expected = after(before, one)
+    assert [*map(torch.Tensor.tolist, held.state.vectors())] == [v.tolist() for v in expected]
+    assert held.state.root == root == State.of(before.shape, [expected]).root
 
 
 def test_what_was_never_considered_is_not_applied() -> None:
@@ -202,12 +161,12 @@ def test_a_regroup_changes_nothing_but_the_certificate() -> None:
 def test_a_state_that_is_being_served_stays_valid_while_the_next_one_is_applied() -> None:
     held = replica(numel=NUMEL)
     old = held.state
-    copy = old.theta_N.clone()
+    copies = [vector.clone() for vector in old.vectors()]
     served = [bytes(old.leaf(0))]
     one = average(1, NUMEL)
     apply(held, held.consider(one), one)
-    served += [bytes(old.leaf(number)) for number in range(1, old.leaves)]
-    assert [blake3(leaf).digest() for leaf in served] == leaf_digests(copy, old.momentum_N)
+    served += [bytes(old.leaf(number)) for number in range(1, len(old.shape.leaves))]
+    assert tuple(blake3(leaf).digest() for leaf in served) == Fragment.of(copies).digests
     assert held.state.root != old.root
 
 

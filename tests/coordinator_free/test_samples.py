@@ -9,7 +9,7 @@ import pytest
 
 from coordinator_free import wire
 from coordinator_free.messages import MAX_SAMPLES, Contribution, Propose, samples_after
-from coordinator_free.outer import OuterConfig
+from coordinator_free.outer import OuterConfig, OuterOptimizer
 from coordinator_free.session import Session, SessionConfig
 from dht.identity import Identity
 from dht.records import open_peer_record, seal
@@ -77,7 +77,7 @@ def test_a_peer_at_the_bound_can_still_be_found() -> None:
         layout="00",
         numel=10,
         round=test_machine.CONFIG,
-        outer=OuterConfig(),
+        optimizer=OuterOptimizer(OuterConfig()),
     )
     session = Session(config, identity=identity, directory=None)  # type: ignore[arg-type]
     session._machine = rig.machine

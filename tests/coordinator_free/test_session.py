@@ -17,7 +17,7 @@ from coordinator_free import wire
 from coordinator_free.config import RoundConfig
 from coordinator_free.handoff import RoundResult, SessionClosed
 from coordinator_free.messages import Heads, Join
-from coordinator_free.outer import OuterConfig
+from coordinator_free.outer import OuterConfig, OuterOptimizer
 from coordinator_free.session import STRANGE_BYTES, Session, SessionConfig, beginning_after
 from dht.directory import InMemoryDirectory, InMemoryNetwork
 from dht.errors import RoundError, StateError
@@ -77,7 +77,7 @@ class Swarm:
                 layout="00",
                 numel=self.numel,
                 round=self.config,
-                outer=OuterConfig(),
+                optimizer=OuterOptimizer(OuterConfig()),
                 serve_bps=self.serve_bps,
                 upload_bps=link_bps,
                 download_bps=link_bps,
@@ -100,7 +100,9 @@ class Swarm:
                     else given.theta_N - torch.arange(self.numel) * (number + 1) / self.numel
                 )
                 try:
-                    results.append(session.submit(local, samples))
+                    start, stop = given.state.shape.bounds[given.fragment]
+                    session.hand_in((given.theta_N - local)[start:stop], samples)
+                    results.append(session.result())
                 except RoundError:
                     continue
                 except SessionClosed:
@@ -165,7 +167,7 @@ async def test_four_peers_average_bit_identically(codec: str) -> None:
         digests = [rounds_of(peer) for peer in four.peers]
         assert set(digests[0]) == {0, 1, 2}
         assert all(other == digests[0] for other in digests)
-        states = [peer.session.final_N for peer in four.peers]
+        states = [peer.session.state.theta_N for peer in four.peers]
         assert all(torch.equal(state, states[0]) for state in states)
         assert all(r.included and r.members == 4 for p in four.peers for r in p.results)
         assert all(r.bytes_sent > 0 and r.bytes_received > 0 for r in four.peers[0].results)
@@ -181,7 +183,7 @@ async def test_the_average_is_the_mean_weighted_by_samples() -> None:
         mean = (10 * pieces[0] + 20 * pieces[1] + 30 * pieces[2]) / 60
         # The first Nesterov step from zero momentum: -lr * (1 + momentum) * gradient.
         expected = -0.7 * (1 + 0.6) * mean
-        assert torch.allclose(three.peers[0].session.final_N, expected, atol=1e-6)
+        assert torch.allclose(three.peers[0].session.state.theta_N, expected, atol=1e-6)
         assert {result.total_samples for p in three.peers for result in p.results} == {60}
 
 
@@ -255,7 +257,7 @@ async def test_broken_values_of_one_peer_stay_out_of_the_average() -> None:
         three.start(lambda theta, _: theta - 1.0)
         three.start(lambda theta, _: theta * float("nan"))
         await asyncio.wait_for(asyncio.gather(*(p.network for p in three.peers)), 60)
-        state = three.peers[0].session.final_N
+        state = three.peers[0].session.state.theta_N
         assert torch.isfinite(state).all()
         assert (state < -1.0).all()
 
@@ -272,7 +274,7 @@ async def test_what_strangers_send_is_refused_before_it_is_read(
             layout="00",
             numel=NUMEL,
             round=RoundConfig(),
-            outer=OuterConfig(),
+            optimizer=OuterOptimizer(OuterConfig()),
         ),
         identity=identity,
         directory=InMemoryDirectory(identity, InMemoryNetwork()),

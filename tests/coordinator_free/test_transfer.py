@@ -35,13 +35,14 @@ from coordinator_free.messages import (
     Outcome,
     Signature,
 )
+from coordinator_free.outer import OuterConfig, OuterOptimizer
+from coordinator_free.state import Shape
 from coordinator_free.transfer import Transfer
 from coordinator_free.transport import Client
 from dht.errors import PeerError, ProtocolViolation, StateError, TimedOut, Unreachable
 from tests.sim.world import RUN, Key, check
 
 NUMEL = 500
-LAYOUT = "layout"
 
 
 def seat(name: str) -> Member:
@@ -134,8 +135,7 @@ def transfer_of(peers: Peers, numel: int = NUMEL, exchange_s: float = 60.0) -> T
         client=cast(Client, peers),
         run_id=RUN,
         creator="a",
-        layout=LAYOUT,
-        numel=numel,
+        shape=Shape.of("layout", numel, 1, OuterOptimizer(OuterConfig())),
         round=RoundConfig(exchange_s=exchange_s),
         check=check,
     )
@@ -287,10 +287,14 @@ def average() -> Average:
     return Average("int4", [Chunk(0, NUMEL, b"\x01", payload)])
 
 
+def outcome(vector_root: bytes) -> Outcome:
+    return dataclasses.replace(SECOND.outcome, vector_root=vector_root)
+
+
 async def test_an_average_that_has_the_root_is_believed(peers: Peers, transfer: Transfer) -> None:
     one = average()
     peers.frames = [*one.frames()]
-    assert (await transfer.average(contact("x"), one.root)).root == one.root
+    assert (await transfer.average(contact("x"), outcome(one.root))).root == one.root
     assert peers.asked == [FetchOutcome(vector_root=one.root)]
 
 
@@ -310,14 +314,14 @@ async def test_a_holder_that_sends_something_else_or_breaks_off_is_named(
     ):
         peers.frames = [*frames]
         with pytest.raises(ProtocolViolation) as refusal:
-            await transfer.average(contact("x"), average().root)
+            await transfer.average(contact("x"), outcome(average().root))
         assert refusal.value.peer_id == "x"
     peers.frames = [*encoded]
     with pytest.raises(ProtocolViolation, match="another root"):
-        await transfer.average(contact("x"), NO_DIGEST)
+        await transfer.average(contact("x"), outcome(NO_DIGEST))
     peers.frames = [encoded[0], Unreachable("x", "gone")]
     with pytest.raises(Unreachable):
-        await transfer.average(contact("x"), average().root)
+        await transfer.average(contact("x"), outcome(average().root))
 
 
 async def test_a_holder_has_no_longer_for_an_average_than_an_exchange_may_take(
@@ -333,10 +337,10 @@ async def test_a_holder_has_no_longer_for_an_average_than_an_exchange_may_take(
     transfer = transfer_of(peers, numel=10**9, exchange_s=0.3)
     began = time.monotonic()
     with pytest.raises(TimedOut, match="too slowly"):
-        await transfer.average(contact("x"), NO_DIGEST)
+        await transfer.average(contact("x"), outcome(NO_DIGEST))
     assert time.monotonic() - began < 0.8
     # At the pace of an exchange of this length it comes through: 10 kB in a second.
     monkeypatch.setattr(module, "SLOWEST_BPS", 1e3)
     transfer = transfer_of(peers, numel=20 * 4096, exchange_s=3.0)
     with pytest.raises(ProtocolViolation, match="another root"):
-        await transfer.average(contact("x"), NO_DIGEST)
+        await transfer.average(contact("x"), outcome(NO_DIGEST))

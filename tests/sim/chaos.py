@@ -6,6 +6,7 @@ from functools import partial
 
 from coordinator_free.certificates import Head
 from coordinator_free.config import RoundConfig
+from tests.sim.getting import NUMEL
 from tests.sim.world import Faults, World
 
 PEERS = 5
@@ -21,10 +22,22 @@ def swarm(
     rounds: int = 0,
     save_every: int = 0,
     clients: int = 0,
+    target_batch: int = 0,
+    fragments: tuple[int, ...] = (NUMEL,),
 ) -> World:
-    """`size` peers that have gathered and begun their first round."""
-    config = RoundConfig(grace_s=5.0, exchange_s=10.0, start_peers=size, rounds=rounds)
-    world = World(seed, config=config, faults=faults, save_every=save_every)
+    """`size` peers that have gathered and begun their first round.
+
+    With a `target_batch` they average gradients.
+    """
+    config = RoundConfig(
+        mode="gradient" if target_batch else "diloco",
+        target_batch=target_batch,
+        grace_s=5.0,
+        exchange_s=10.0,
+        start_peers=size,
+        rounds=rounds,
+    )
+    world = World(seed, config=config, faults=faults, save_every=save_every, fragments=fragments)
     world.clients = frozenset(f"p{index}" for index in range(size - clients, size))
     world.found("p0")
     for index in range(1, size):

@@ -1,6 +1,6 @@
 """A whole state on its way through the simulator: shipped donors, a shipped download, a played net.
 
-States are real (`replica.State`) and tiny, cut into leaves of a few bytes. `donor.Donor` says what
+States are real (`state.State`) and tiny, cut into leaves of a few bytes. `donor.Donor` says what
 a peer still has, under lease or as the current one, and to how many it gives at once;
 `download.Download` decides what to ask whom for and checks what comes. Played here is what
 `transfer.Transfer` does: a question and its answer take a while, are lost, break off with a donor
@@ -10,6 +10,7 @@ comes with a wrong byte in it. Not played: bandwidth.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -18,12 +19,15 @@ from typing import TYPE_CHECKING, cast
 import torch
 from blake3 import blake3
 
-from coordinator_free import replica, wire
-from coordinator_free.donor import Donor, _Lease
+from coordinator_free import state as states
+from coordinator_free import wire
+from coordinator_free.donor import Donor
 from coordinator_free.download import AskDigests, AskLeaf, Cancel, Download, Drop, Step
 from coordinator_free.memory import bytes_of
 from coordinator_free.messages import DIGEST_BYTES, FetchState
-from coordinator_free.replica import Replica, State, leaf_digests, state_root
+from coordinator_free.outer import OuterConfig, OuterOptimizer
+from coordinator_free.replica import Replica
+from coordinator_free.state import Fragment, Shape, State
 from coordinator_free.transfer import LOOK_S
 from dht.errors import Overloaded, StateError
 
@@ -32,49 +36,68 @@ if TYPE_CHECKING:
 
 LAYOUT = "simulated"
 NUMEL = 6
-LEAF_ELEMENTS = 2  # three leaves of parameters, three of momentum
+LEAF_ELEMENTS = 2
 STEP_S = 0.25
 
 
 @contextmanager
 def small_leaves() -> Iterator[None]:
     """States are cut into small leaves here, as no state of a simulation fills a large one."""
-    shipped, replica.LEAF_ELEMENTS = replica.LEAF_ELEMENTS, LEAF_ELEMENTS
+    shipped, states.LEAF_ELEMENTS = states.LEAF_ELEMENTS, LEAF_ELEMENTS
     try:
         yield
     finally:
-        replica.LEAF_ELEMENTS = shipped
+        states.LEAF_ELEMENTS = shipped
+
+
+def shape(fragments: tuple[int, ...] = (NUMEL,)) -> Shape:
+    """Of states whose fragments have so many parameters.
+
+    All in one: three leaves of parameters and three of momentum.
+    """
+    cuts = itertools.accumulate(fragments, initial=0)
+    lengths = tuple(map(OuterOptimizer(OuterConfig()).lengths, fragments))
+    made = Shape(LAYOUT, tuple(itertools.pairwise(cuts)), lengths)
+    with small_leaves():
+        assert made.leaves  # cut now, and kept
+    return made
 
 
 @lru_cache(maxsize=1 << 12)
-def _state(seed: bytes) -> State:
-    raw = bytearray(blake3(seed).digest(8 * NUMEL))
-    theta_N, momentum_N = torch.frombuffer(raw, dtype=torch.float32).split(NUMEL)
+def _fragments(seed: bytes, lengths: tuple[tuple[int, ...], ...]) -> tuple[Fragment, ...]:
+    numbers = list(itertools.chain(*lengths))
+    raw = bytearray(blake3(seed).digest(4 * sum(numbers)))
+    vectors = iter(torch.frombuffer(raw, dtype=torch.float32).split(numbers))
     with small_leaves():
-        return State(theta_N, momentum_N, state_root(LAYOUT, theta_N, momentum_N))
+        return tuple(Fragment.of([next(vectors) for _ in each]) for each in lengths)
+
+
+def initial(shape: Shape) -> State:
+    """What a run of such states is founded with."""
+    return State(shape, _fragments(b"initial", shape.lengths))
 
 
 def contents(state: State) -> bytes:
     """Every byte of a state."""
-    return bytes(bytes_of(state.theta_N)) + bytes(bytes_of(state.momentum_N))
+    return b"".join(bytes(bytes_of(vector)) for vector in state.vectors())
 
 
-def after(state: State, vector_root: bytes) -> State:
-    """The state that applying an average leads to: all of it depends on every byte of both."""
-    return _state(contents(state) + vector_root)
+def after(state: State, round: int, vector_root: bytes) -> State:
+    """The state that applying a round's average leads to.
 
-
-INITIAL = _state(b"initial")
+    All of the fragment that the round averages depends on every byte of both; the others stay.
+    """
+    number = state.shape.fragment(round)
+    lengths = (state.shape.lengths[number],)
+    (fragment,) = _fragments(contents(state) + vector_root, lengths)
+    return state.then(number, fragment)
 
 
 class Giver(Donor):
-    """The shipped donor of one peer, without a cap and without threads."""
+    """The shipped donor of one peer, without a cap."""
 
     def __init__(self, peer: Peer, clock: Callable[[], float]) -> None:
         super().__init__(cast(Replica, peer), 0.0, clock)  # it looks at `state` alone
-
-    async def _digests(self, lease: _Lease) -> list[bytes]:
-        return leaf_digests(lease.state.theta_N, lease.state.momentum_N)
 
     def give(self, sender: str, request: FetchState) -> list[bytes]:
         """The payloads that are asked for, now.
@@ -89,11 +112,10 @@ class Giver(Donor):
                 bytes(wire.unpack_frame(frame)[1]) async for frame in self.serve(sender, request)
             ]
 
-        with small_leaves():
-            try:
-                collect().send(None)
-            except StopIteration as end:
-                return cast(list[bytes], end.value)
+        try:
+            collect().send(None)
+        except StopIteration as end:
+            return cast(list[bytes], end.value)
         raise AssertionError("a donor without a cap has nothing to wait for")
 
 
@@ -128,8 +150,7 @@ class Getting:
         self._lost = lost
         self._asking: dict[AskDigests | AskLeaf, object] = {}
         self._over = False
-        with small_leaves():
-            self._download = Download(root, LAYOUT, NUMEL)
+        self._download = Download(root, world.initial.shape)
         self._look()
         self._tick()
 

@@ -7,7 +7,7 @@ import pytest
 from coordinator_free.donor import LEASE_S
 from coordinator_free.download import PATIENCE_S
 from tests.sim.chaos import swarm
-from tests.sim.getting import INITIAL, Getting, after, contents
+from tests.sim.getting import Getting, after, contents, initial, shape
 from tests.sim.world import World
 
 SEEDS = 20
@@ -31,9 +31,10 @@ def arrive(world: World, limit_s: float) -> None:
 
 
 def test_a_state_depends_on_every_byte_of_what_it_follows_on() -> None:
-    one, other = after(INITIAL, b"a"), after(INITIAL, b"b")
-    assert len({INITIAL.root, one.root, other.root, after(one, b"b").root}) == 4
-    assert contents(after(other, b"a")) != contents(after(one, b"b"))
+    first = initial(shape())
+    one, other = after(first, 0, b"a"), after(first, 0, b"b")
+    assert len({first.root, one.root, other.root, after(one, 1, b"b").root}) == 4
+    assert contents(after(other, 1, b"a")) != contents(after(one, 1, b"b"))
 
 
 def test_newcomers_get_their_states_from_several_donors_while_rounds_are_committed() -> None:

@@ -43,8 +43,9 @@ from coordinator_free.messages import (
     Plan,
 )
 from coordinator_free.partition import ALIGN_ELEMENTS, runs_of
-from coordinator_free.replica import State
-from tests.sim.getting import INITIAL, Getting, Giver, after, contents
+from coordinator_free.state import State
+from tests.sim import getting
+from tests.sim.getting import Getting, Giver, after, contents
 
 RUN = "00" * 20
 PLAN_S = 5.0
@@ -55,6 +56,8 @@ FIND_S = 1.0  # before a newcomer that found nobody looks again
 COLLECT_S = 0.5
 KEPT_AVERAGES = 6  # of the last rounds; `replica` keeps 4 to 64
 KEPT_CERTIFICATES = 12
+VECTOR = 160_000  # elements that are averaged, for the `NUMEL` of a state
+PROGRESS_S = 0.25  # in gradient mode: between two of a peer's micro-batches
 NOTICE_S = 2.0  # after which who can be reached again has been heard
 
 
@@ -108,6 +111,7 @@ class Peer:
     stray: int = 0  # whose turn it is to be asked
     slowness: float = 1.0
     work: tuple[float, float, int] = (0.0, 1.0, 0)  # began, takes so long, gives so many samples
+    handed_in_at: float = 0.0
     finished: bool = False
     left: bool = False
     giver: Giver = field(init=False)
@@ -172,6 +176,7 @@ class World:
         work_s: tuple[float, float] = (1.0, 2.0),
         exchange_s: tuple[float, float] = (0.2, 0.6),
         save_every: int = 0,
+        fragments: tuple[int, ...] = (getting.NUMEL,),
     ) -> None:
         self.random = random.Random(seed)
         self.now = 0.0
@@ -180,6 +185,12 @@ class World:
         self.work_s = work_s
         self.exchange_s = exchange_s
         self.save_every = save_every
+        self.overlap = False  # training goes on while an exchange runs
+        self.initial = getting.initial(getting.shape(fragments))
+        self.layout = Layout(
+            lengths=tuple(VECTOR * numel // getting.NUMEL for numel in fragments),
+            largest_chunk=ALIGN_ELEMENTS,
+        )
         self.disks: dict[str, list[Saved]] = {}  # what each peer saved, in order
         self.revived = 0
         self.downloads: list[dict[str, int]] = []  # whole states that came: leaves by donor
@@ -205,9 +216,9 @@ class World:
 
     def found(self, name: str) -> Peer:
         me = self._member(name)
-        certificate = certificates.found(RUN, me, Key(name), INITIAL.root)
+        certificate = certificates.found(RUN, me, Key(name), self.initial.root)
         self.by_head[wire.head_digest(certificate.outcome)] = certificate
-        return self._start(me, INITIAL, [certificate])
+        return self._start(me, self.initial, [certificate])
 
     def join(self, name: str, contact: str) -> None:
         """A peer with no memory looks for a state to start from, at first where `contact` is."""
@@ -248,7 +259,7 @@ class World:
         return Machine(
             me=me,
             run_id=RUN,
-            layout=Layout(numel=160_000, largest_chunk=ALIGN_ELEMENTS),
+            layout=self.layout,
             config=self.config,
             certificate=certificate,
             signer=Key(me.peer_id),
@@ -324,10 +335,11 @@ class World:
         """
         for peer in self.live:
             chain = self._chain_to(peer.machine.head.digest)
-            state = INITIAL
+            state = self.initial
             for certificate in reversed(chain.values()):
                 if certificate.outcome.kind == Kind.AVERAGE:
-                    state = after(state, certificate.outcome.vector_root)
+                    outcome = certificate.outcome
+                    state = after(state, outcome.round - 1, outcome.vector_root)
             if (
                 contents(state) != contents(peer.state)
                 or state.root != peer.machine.head.state_root
@@ -486,15 +498,37 @@ class World:
     def _work(self, peer: Peer, action: actions.StartWork) -> None:
         takes_s = self.random.uniform(*self.work_s) * peer.slowness
         samples = self.random.randint(50, 100)
-        peer.work = (self.now, takes_s, samples)
-        self._later(peer, takes_s, lambda: self._hand_in(peer, action.round, samples))
+        began = peer.handed_in_at if self.overlap else self.now
+        peer.work = (began, takes_s, samples)
+        if self.config.mode == "gradient":
+            self._accumulate(peer, peer.work, action.round)
+            return
+        left_s = max(0.0, began + takes_s - self.now)
+        self._later(peer, left_s, lambda: self._hand_in(peer, action.round, samples))
+
+    def _accumulate(self, peer: Peer, work: tuple[float, float, int], round: int) -> None:
+        """In gradient mode: on and on, until the batch is full or the work is another one's."""
+        if peer.work is not work or peer.machine.head.round != round:
+            return
+        samples = self._done(peer)
+        if samples >= self.config.target_batch:
+            self._hand_in(peer, round, samples)
+            return
+        self._do(peer, peer.machine.work_progress(round, samples, self.now))
+        self._later(peer, PROGRESS_S, lambda: self._accumulate(peer, work, round))
+
+    def _done(self, peer: Peer) -> int:
+        """Samples so far."""
+        began, takes_s, samples = peer.work
+        share = (self.now - began) / takes_s
+        return int(samples * (share if self.config.mode == "gradient" else min(1.0, share)))
 
     def _close(self, peer: Peer, round: int) -> None:
         """Hand in what is done by now."""
-        began, takes_s, samples = peer.work
-        self._hand_in(peer, round, int(samples * min(1.0, (self.now - began) / takes_s)))
+        self._hand_in(peer, round, self._done(peer))
 
     def _hand_in(self, peer: Peer, round: int, samples: int) -> None:
+        peer.handed_in_at = self.now
         self._do(peer, peer.machine.work_done(round, samples, self.now))
 
     def _watch(self, peer: Peer) -> None:
@@ -639,7 +673,7 @@ class World:
                 peer.machine.exchange_done(
                     digest,
                     root,
-                    after(peer.state, root).root,
+                    after(peer.state, plan.round, root).root,
                     self.now,
                     absent=tuple(c.peer_id for c in plan.contributions if c.peer_id not in present),
                 ),
@@ -703,7 +737,7 @@ class World:
 
     def _follow(self, name: str, state: State, outcome: Outcome) -> State:
         """What this average makes of a peer's state."""
-        state = after(state, outcome.vector_root)
+        state = after(state, outcome.round - 1, outcome.vector_root)
         if state.root != outcome.state_root:
             raise Diverged(f"{name} applied what does not follow from its state")
         return state
