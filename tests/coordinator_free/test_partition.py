@@ -12,6 +12,7 @@ from coordinator_free.partition import (
     CHUNK_BYTES,
     chunk_elements,
     chunk_span,
+    fragment_bounds,
     largest_chunk,
     runs_of,
     share,
@@ -91,3 +92,30 @@ def test_what_of_some_runs_is_in_a_piece(some: tuple[Run, ...], start: int, leng
     piece = Run(start=start, stop=start + length)
     chunks = [n for run in some for n in range(run.start, run.stop)]
     assert list(within(some, piece)) == [n for n in chunks if piece.start <= n < piece.stop]
+
+
+@settings(deadline=None)
+@given(
+    st.integers(1, 10**9) | st.integers(1, 20 * ALIGN_ELEMENTS),
+    st.integers(1, 4096) | st.integers(1, 30),
+)
+def test_fragments_cover_a_vector_evenly_and_none_is_empty(numel: int, fragments: int) -> None:
+    bounds = fragment_bounds(numel, fragments)
+    assert len(bounds) == min(fragments, -(-numel // ALIGN_ELEMENTS))
+    assert bounds[0][0] == 0
+    assert bounds[-1][1] == numel
+    assert all(stop == start for (_, stop), (start, _) in itertools.pairwise(bounds))
+    assert all(start < stop for start, stop in bounds)
+    assert all(start % ALIGN_ELEMENTS == 0 for start, _ in bounds)
+    pieces = [-(-(stop - start) // ALIGN_ELEMENTS) for start, stop in bounds]
+    assert max(pieces) - min(pieces) <= 1
+
+
+def test_a_cut_into_fragments_as_it_has_always_been() -> None:
+    # Peers of two versions must cut alike.
+    assert fragment_bounds(10 * ALIGN_ELEMENTS - 1, 3) == (
+        (0, 3 * ALIGN_ELEMENTS),
+        (3 * ALIGN_ELEMENTS, 6 * ALIGN_ELEMENTS),
+        (6 * ALIGN_ELEMENTS, 10 * ALIGN_ELEMENTS - 1),
+    )
+    assert fragment_bounds(5, 3) == ((0, 5),)

@@ -12,6 +12,7 @@ from coordinator_free.codecs import codec
 from coordinator_free.messages import NO_DIGEST, Certificate, Kind, Member, Outcome
 from coordinator_free.optimizer import Position
 from coordinator_free.outer import OuterConfig, OuterOptimizer
+from coordinator_free.partition import ALIGN_ELEMENTS
 from coordinator_free.replica import (
     KEPT_CANDIDATES,
     KEPT_CERTIFICATES,
@@ -237,3 +238,80 @@ def test_peers_that_apply_the_same_bytes_stay_identical() -> None:
 
 def copy_of(one: Average) -> Average:
     return Average(one.codec_name, [dataclasses.replace(chunk) for chunk in one.chunks])
+
+
+# -- fragments --------------------------------------------------------------------------------
+
+PIECES = 5 * ALIGN_ELEMENTS + 7  # in three fragments of two lengths
+
+
+def test_a_round_moves_its_fragment_and_no_other() -> None:
+    held = replica(PIECES, fragments=3)
+    lengths = held.state.shape.lengths
+    assert len(set(lengths)) > 1
+    for round in range(7):
+        before, number = held.state, round % 3
+        one = average(round, lengths[number][0])
+        root = held.consider(one)
+        assert held.state is before
+        apply(held, root, one)
+        assert held.state.root == root
+        for other in {0, 1, 2} - {number}:
+            assert held.state.fragments[other] is before.fragments[other]
+        # Nesterov, with the momentum of that fragment alone.
+        expected = after(before, one, number, round=round)
+        assert all(map(torch.equal, held.state.fragments[number].vectors, expected))
+        assert not torch.equal(expected[1], before.fragments[number].vectors[1])
+
+
+def test_each_fragments_momentum_is_what_an_optimizer_of_its_own_would_have() -> None:
+    held = replica(PIECES, fragments=3)
+    shape = held.state.shape
+    alone = [torch.nn.Parameter(f.theta_E.clone()) for f in held.state.fragments]
+    momenta = [fragment.vectors[1].clone() for fragment in held.state.fragments]
+    config = OPTIMIZER.config
+    for round in range(9):
+        number = shape.fragment(round)
+        one = average(round, shape.averaged(round))
+        apply(held, held.consider(one), one)
+        delta_E = one.values()
+        momenta[number] = config.momentum * momenta[number] + delta_E
+        with torch.no_grad():
+            alone[number] -= config.lr * (delta_E + config.momentum * momenta[number])
+    for fragment, theta_E, momentum_E in zip(held.state.fragments, alone, momenta, strict=True):
+        assert torch.allclose(fragment.theta_E, theta_E, atol=1e-5)
+        assert torch.allclose(fragment.vectors[1], momentum_E, atol=1e-5)
+
+
+def test_an_average_of_another_length_is_refused() -> None:
+    held = replica(PIECES, fragments=3)
+    before = held.state
+    lengths = [each[0] for each in before.shape.lengths]
+    for wrong in (1, lengths[0] - 1, lengths[0] + 1, lengths[2], PIECES):
+        assert wrong != lengths[0]
+        with pytest.raises(ValueError, match=f"average of {wrong} elements, not {lengths[0]}"):
+            held.consider(average(1, wrong))
+    assert held.state is before
+    assert held.consider(average(1, lengths[0])) != before.root
+
+
+def test_a_regroup_does_not_pass_a_fragment_over() -> None:
+    held = replica(PIECES, fragments=3)
+    apply(held, held.state.root, None)
+    one = average(1, held.state.shape.averaged(0))
+    before = held.state
+    apply(held, held.consider(one), one)
+    assert held.state.fragments[0] is not before.fragments[0]
+    assert held.state.fragments[1:] == before.fragments[1:]
+
+
+def test_averages_of_fragments_are_kept_up_to_the_bytes_of_a_state() -> None:
+    held = replica(PIECES, fragments=3)
+    made = []
+    for round in range(24):
+        made.append(average(round, held.state.shape.averaged(round), "int8"))
+        apply(held, held.consider(made[-1]), made[-1])
+    have = [held.average(one.root) is not None for one in made]
+    kept = [one.nbytes for one, here in zip(made, have, strict=True) if here]
+    assert have == sorted(have)  # the last ones
+    assert sum(kept) <= 4 * held.state.shape.elements < sum(kept) + made[-len(kept) - 1].nbytes
