@@ -103,6 +103,7 @@ class Handoff:
         self._update_E: Tensor | None = None
         self._samples = 0
         self._result: RoundResult | None = None
+        self._own: RoundResult | None = None  # of the round of what was taken, if it ended
         self._closed = False
 
     # -- the training thread ------------------------------------------------------------------
@@ -143,6 +144,9 @@ class Handoff:
     def result(self) -> RoundResult:
         """Wait for the end of the round of the last assignment that was taken.
 
+        Returns:
+            How it ended; how a later one did where that is all that this peer knows.
+
         Raises:
             SessionClosed: the session ended first.
             RoundError: the work is void, as the swarm went on from another state.
@@ -155,7 +159,10 @@ class Handoff:
                 lambda: self._closed or work is not self._assignment or self._over(work.round)
             )
             if self._result is not None and self._over(work.round):
-                return replace(self._result, samples=self._samples)
+                # Others may have ended a further round before this peer asked for its own.
+                own = self._own
+                ended = own if own is not None and own.round == work.round else self._result
+                return replace(ended, samples=self._samples)
             if self._closed:
                 raise SessionClosed("the session is over")
             raise RoundError(work.round, "the swarm went on from another state")
@@ -202,6 +209,8 @@ class Handoff:
         """A round ended; whoever still works on it may stop."""
         with self._changed:
             self._result = result
+            if self._taken is not None and self._taken.round == result.round:
+                self._own = result
             if self._assignment is not None and self._over(self._assignment.round):
                 self._assignment.closing.set()
             self._changed.notify_all()
@@ -211,7 +220,7 @@ class Handoff:
         with self._changed:
             if self._assignment is not None:
                 self._assignment.closing.set()
-            self._assignment = self._update_E = self._result = None
+            self._assignment = self._update_E = self._result = self._own = None
             self._changed.notify_all()
 
     def close(self) -> None:

@@ -177,6 +177,31 @@ def test_a_result_outweighs_both_the_next_assignment_and_the_end(trainer: Traine
     assert done.result(WAIT_S).round == 5
 
 
+def test_a_result_outlives_the_end_of_the_next_round(trainer: Trainer) -> None:
+    """Whoever trains on while others average may ask for it after they have ended another one."""
+    handoff = trainer.handoff
+    handoff.assign(work(4))
+    handoff.next()
+    handoff.hand_in(update(), 7, trainer._notify)
+    handoff.resolve(result(4))
+    handoff.assign(work(5))
+    handoff.resolve(result(5, included=False))
+    handoff.assign(work(6))
+    mine = handoff.result()
+    assert (mine.round, mine.included, mine.samples) == (4, True, 7)
+    handoff.next()
+    handoff.assign(work(8))
+    handoff.resolve(result(7))  # the sixth ended elsewhere
+    assert handoff.result().round == 7
+    handoff.restart()
+    handoff.assign(work(4))
+    handoff.next()
+    waiting = trainer.hands_in()
+    assert not waiting.done()
+    handoff.resolve(result(4, included=False))
+    assert not waiting.result(WAIT_S).included
+
+
 def test_close_wakes_whoever_waits_for_work(trainer: Trainer) -> None:
     waiting = trainer.does(trainer.handoff.next)
     trainer.handoff.close()
