@@ -233,9 +233,9 @@ def test_a_huge_or_odd_file_costs_no_memory(tmp_path: Path) -> None:
         [(huge, 10, 0), (own, 2**32 - 1, 0), (own, 10, 2**32 - 1), (own, 10, 0)], 1
     ):
         path = tmp_path / f"{number:012d}.checkpoint"
-        path.write_bytes(header.pack(
-                checkpoints._MAGIC, checkpoints._VERSION, belongs, elements, named, chain
-            ))
+        path.write_bytes(
+            header.pack(checkpoints._MAGIC, checkpoints._VERSION, belongs, elements, named, chain)
+        )
         os.truncate(path, huge)  # sparse
     os.mkfifo(tmp_path / "000000000005.checkpoint")  # would never deliver
     (tmp_path / "000000000006.checkpoint").symlink_to("/dev/zero")

@@ -957,7 +957,10 @@ def test_a_sound_plan_is_followed_once() -> None:
             "slices": share([Run(start=0, stop=CHUNKS)], (L0,)),
         },
         {"numel": LAYOUT.numel(ROUND) - 1},
-        {"numel": LAYOUT.numel(ROUND) - ALIGN_ELEMENTS, "slices": share([Run(start=0, stop=39)], FIVE)},
+        {
+            "numel": LAYOUT.numel(ROUND) - ALIGN_ELEMENTS,
+            "slices": share([Run(start=0, stop=39)], FIVE),
+        },
         {"chunk_elements": 2 * ALIGN_ELEMENTS, "slices": share([Run(start=0, stop=20)], FIVE)},
         {"chunk_elements": 4001},
         {"exchange_s": 601.0, "stall_s": 601.0 / 5},

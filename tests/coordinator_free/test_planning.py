@@ -89,9 +89,7 @@ def test_who_has_more_bandwidth_reduces_more_and_slow_links_get_smaller_chunks()
 
 
 def test_who_cannot_be_dialled_and_who_has_no_work_does_only_the_rest() -> None:
-    drafted = planned(
-        [seat("a", 100), seat("b", 100, can_reduce=False), seat("c", 100, samples=0)]
-    )
+    drafted = planned([seat("a", 100), seat("b", 100, can_reduce=False), seat("c", 100, samples=0)])
     assert set(shares(drafted)) == {"a", "c"}
     assert [c.peer_id for c in drafted.contributions] == ["a", "b"]
 

@@ -73,12 +73,9 @@ def test_leaves_go_fragment_by_fragment_and_vector_by_vector(optimizer: OuterOpt
     assert [bytes(held.leaf(number)) for number in range(len(shape.leaves))] == expected
     assert held.digests == [blake3(leaf).digest() for leaf in expected]
     assert held.root == tree_root([LAYOUT_LEAF, *held.digests]) == shape.root(held.digests)
-    assert shape.leaves[:4] == (
-        Leaf(0, 0, 0, 40),
-        Leaf(0, 0, 40, 80),
-        Leaf(0, 0, 80, 100),
-        Leaf(*((0, 1) if optimizer is NESTEROV else (1, 0)), 0, 40 if optimizer is NESTEROV else 28),
-    )
+    fourth = Leaf(0, 1, 0, 40) if optimizer is NESTEROV else Leaf(1, 0, 0, 28)
+    three = (Leaf(0, 0, 0, 40), Leaf(0, 0, 40, 80), Leaf(0, 0, 80, 100))
+    assert shape.leaves[:4] == (*three, fourth)
     for outside in (-1, len(shape.leaves)):
         with pytest.raises(IndexError, match="no leaf"):
             held.leaf(outside)

@@ -170,12 +170,11 @@ EVERY: dict[type[Any], st.SearchStrategy[Any]] = {
         outcome=digests,
         signature=st.binary(min_size=64, max_size=64),
     ),
+    messages.Progress: st.builds(messages.Progress, **at_ballot, samples=st.integers(0, 2**48)),
     messages.Refused: st.builds(messages.Refused, **at_ballot, promised=naturals),
     messages.Commit: st.builds(messages.Commit, certificate=certificates, holders=peers),
     messages.Join: st.builds(messages.Join, member=members, height=naturals),
-    messages.Assist: st.builds(
-        messages.Assist, member=members, up_bps=naturals, down_bps=naturals
-    ),
+    messages.Assist: st.builds(messages.Assist, member=members, up_bps=naturals, down_bps=naturals),
     messages.Leave: st.builds(messages.Leave, height=naturals),
     messages.Hello: st.builds(messages.Hello, height=naturals),
     messages.Heads: chains(),

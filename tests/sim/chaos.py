@@ -46,7 +46,13 @@ def swarm(
     return world
 
 
-def trouble(seed: int) -> World:
+def trouble(
+    seed: int,
+    *,
+    target_batch: int = 0,
+    fragments: tuple[int, ...] = (NUMEL,),
+    overlap: bool = False,
+) -> World:
     """Fifty seconds of crashes, freezes, partitions and restarts over a lossy network.
 
     In every fourth swarm exchanges take seconds, in every eighth some averages lead nowhere.
@@ -62,7 +68,16 @@ def trouble(seed: int) -> World:
         wrong_leaf=0.02,
         refused=0.2 if seed % 8 == 5 else 0.0,
     )
-    world = swarm(seed, PEERS, faults=faults, save_every=1, clients=max(0, seed % 5 - 2))
+    world = swarm(
+        seed,
+        PEERS,
+        faults=faults,
+        save_every=1,
+        clients=max(0, seed % 5 - 2),
+        target_batch=target_batch,
+        fragments=fragments,
+    )
+    world.overlap = overlap
     chance = world.random
     if seed % 4 == 3:
         world.exchange_s = (1.0, 6.0)

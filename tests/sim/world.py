@@ -101,6 +101,7 @@ class Peer:
     getting: bool = False  # a whole state is on its way
     outcomes: dict[bytes, Outcome] = field(default_factory=dict)
     certificates: list[Certificate] = field(default_factory=list)
+    plans: list[Plan] = field(default_factory=list)
     chunks: dict[bytes, dict[int, Averaged]] = field(default_factory=dict)  # by plan
     averages: list[bytes] = field(default_factory=list)  # roots, the newest last
     undecided: set[bytes] = field(default_factory=set)  # of them
@@ -614,6 +615,7 @@ class World:
         me = peer.me.peer_id
         deadline, patience = self.now + plan.exchange_s, self.now + PLAN_S
         chunks: dict[int, Averaged] = {}
+        peer.plans.append(plan)
         peer.chunks[digest] = chunks
         base = peer.chunks.get(plan.base, {})
         for kept in plan.kept:
