@@ -512,7 +512,7 @@ def _compute(
     what = (name, work.__qualname__)
     if size > AT_ONCE_BYTES or what not in _practised or not kernels.compiled():
         coming = loop.run_in_executor(executor, work, *args)
-        coming.add_done_callback(lambda it: it.cancelled() or _practised.add(what))
+        coming.add_done_callback(lambda it: None if it.cancelled() else _practised.add(what))
         return coming
     done: asyncio.Future[T] = loop.create_future()
     try:
