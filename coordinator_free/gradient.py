@@ -92,6 +92,7 @@ class GradientConfig:
         eps: AdamW's, at least 1e-30 so that a float32 holds it.
         warmup_samples: linear warm-up, in samples of the whole swarm.
         total_samples: where the cosine ends; 0 when nobody knows: constant after the warm-up.
+        step_samples: about how many there are in one step: the schedule is that of its end.
 
     Raises:
         ConfigError: a value outside its range.
@@ -108,11 +109,19 @@ class GradientConfig:
     eps: float = 1e-8
     warmup_samples: int = 0
     total_samples: int = 0
+    step_samples: int = 1
 
     def __post_init__(self) -> None:
         if self.kind not in _DEFAULT_LR:
             raise ConfigError(f"gradient.kind = {self.kind!r}: use 'adamw', 'muon' or 'sgd'")
-        for name in ("lr", "weight_decay", "grad_clip", "warmup_samples", "total_samples"):
+        for name in (
+            "lr",
+            "weight_decay",
+            "grad_clip",
+            "warmup_samples",
+            "total_samples",
+            "step_samples",
+        ):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"gradient.{name} = {value}: give a number of at least 0")
@@ -165,7 +174,7 @@ def schedule(samples: int, *, warmup_samples: int, total_samples: int) -> float:
     """The factor on the peak learning rate.
 
     Args:
-        samples: what the swarm was trained on before this step.
+        samples: what the swarm has been trained on once this step is done, from 1.
         warmup_samples: linear rise to 1 over this many.
         total_samples: where the cosine reaches `FLOOR`, which it keeps; 0: constant after warm-up.
 
@@ -173,7 +182,7 @@ def schedule(samples: int, *, warmup_samples: int, total_samples: int) -> float:
         A factor in (0, 1], the same float64 on every machine.
     """
     if samples < warmup_samples:
-        return (samples + 1) / warmup_samples
+        return max(1, samples) / warmup_samples
     if total_samples <= warmup_samples:
         return 1.0
     progress = min(1.0, (samples - warmup_samples) / (total_samples - warmup_samples))
@@ -280,7 +289,7 @@ class GradientOptimizer:
             out=[vector.numpy() for vector in out],
             scale=self._clipping(gradient_N),
             factor=schedule(
-                at.samples,
+                at.samples + self.config.step_samples,
                 warmup_samples=config.warmup_samples,
                 total_samples=config.total_samples,
             ),

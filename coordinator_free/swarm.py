@@ -437,7 +437,9 @@ class SwarmOptimizer:
 
     def _state_optimizer(self) -> StateOptimizer:
         if self._recipe.round.mode == "gradient":
-            return GradientOptimizer(self._recipe.gradient, self._flat.specs())
+            step_samples = self._recipe.round.target_batch
+            config = dataclasses.replace(self._recipe.gradient, step_samples=step_samples)
+            return GradientOptimizer(config, self._flat.specs())
         return OuterOptimizer(self._recipe.outer)
 
 

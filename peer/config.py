@@ -151,7 +151,7 @@ def load(text: str, source: str) -> RunConfig:
     }
     if round_.mode == "gradient":
         try:
-            gradient_config(trainer["optimizer"])
+            gradient_config(trainer["optimizer"], round_.target_batch)
         except ConfigError as error:
             raise ConfigError(f"{source}: [optimizer] {error}") from error
     if "seed" in general:
@@ -190,10 +190,12 @@ def optimizer(config: RunConfig, trainer: Trainer) -> StateOptimizer:
     if config.round.mode == "diloco":
         return OuterOptimizer(config.outer)
     tensors = [TensorSpec(**dataclasses.asdict(tensor)) for tensor in trainer.tensors()]
-    return GradientOptimizer(gradient_config(config.trainer.optimizer), tensors)
+    return GradientOptimizer(
+        gradient_config(config.trainer.optimizer, config.round.target_batch), tensors
+    )
 
 
-def gradient_config(inner: OptimizerConfig) -> GradientConfig:
+def gradient_config(inner: OptimizerConfig, target_batch: int) -> GradientConfig:
     """The step of [optimizer] as all peers take it together in gradient mode.
 
     Raises:
@@ -206,7 +208,7 @@ def gradient_config(inner: OptimizerConfig) -> GradientConfig:
         )
     names = {part.name for part in dataclasses.fields(GradientConfig)}
     shared = {n: v for n, v in dataclasses.asdict(inner).items() if n in names}
-    return GradientConfig(**shared)
+    return GradientConfig(**shared, step_samples=target_batch)
 
 
 def _fields(kind: type[Any], without: frozenset[str] = frozenset()) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from coordinator_free.messages import (
     Slice,
 )
 from coordinator_free.partition import chunk_span, runs_of, share
+from coordinator_free.planning import weights
 from coordinator_free.reducer import WINDOW, Reducer
 from coordinator_free.wire import pack_frame, plan_digest, unpack_frame
 from dht.errors import PeerError, ProtocolViolation, TimedOut, Unreachable
@@ -488,6 +489,7 @@ def test_a_chunk_that_arrives_as_patience_ends_is_not_taken_for_the_next_one() -
             {name: range(plan.chunks) for name in ("a", "b")},
             ChunkStore(codec(plan.codec), plan.numel, plan.chunk_elements),
             lambda work, *args: loop.run_in_executor(Inline(), work, *args),
+            weights=weights(plan, 0.0),
         )
         for payload in payloads[0]:
             await reducer.put("a", payload)
@@ -602,6 +604,7 @@ def test_a_contributor_far_ahead_of_the_others_has_to_wait(
             {name: range(plan.chunks) for name in ("a", "b")},
             ChunkStore(codec(plan.codec), plan.numel, plan.chunk_elements),
             lambda work, *args: loop.run_in_executor(None, work, *args),
+            weights=weights(plan, 0.0),
         )
         for _ in range(window):
             await asyncio.wait_for(reducer.put("b", FINE), 1)
@@ -983,6 +986,7 @@ def test_a_reducer_that_stood_still_does_not_blame_the_others() -> None:
             {name: range(plan.chunks) for name in ("a", "b")},
             ChunkStore(codec(plan.codec), plan.numel, plan.chunk_elements),
             lambda work, *args: loop.run_in_executor(Inline(), work, *args),
+            weights=weights(plan, 0.0),
         )
         payloads = {n: [unpack_frame(f)[1] for f in contributed(plan, 0, values[n])] for n in "ab"}
         running = asyncio.create_task(reducer.run())
