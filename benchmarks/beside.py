@@ -58,7 +58,7 @@ def peer(arguments: argparse.Namespace) -> None:
 
     from coordinator_free.config import RoundConfig
     from coordinator_free.memory import empty_vector
-    from coordinator_free.outer import OuterConfig
+    from coordinator_free.outer import OuterConfig, OuterOptimizer
     from coordinator_free.session import Session, SessionConfig
     from dht.identity import Identity
     from dht.kademlia import KademliaConfig, KademliaDirectory
@@ -69,14 +69,13 @@ def peer(arguments: argparse.Namespace) -> None:
 
     def work(session: Session) -> None:
         last_s = 2.0
-        while (assignment := session.next_assignment()) is not None:
+        while session.next_assignment() is not None:
             began, before = time.monotonic(), steps.done if steps else 0
             if steps:
                 time.sleep(last_s)
             alone = time.monotonic(), steps.done if steps else 0
-            local_N = empty_vector(numel)
-            local_N.copy_(assignment.theta_N).add_(1e-6)
-            result = session.submit(local_N, 1)
+            session.hand_in(empty_vector(numel).fill_(1e-6), 1)
+            result = session.result()
             until = time.monotonic(), steps.done if steps else 0
             last_s = until[0] - alone[0]
             if steps:
@@ -106,7 +105,7 @@ def peer(arguments: argparse.Namespace) -> None:
                     round=RoundConfig(
                         start_peers=2, rounds=arguments.rounds, codec="fp32", exchange_s=600.0
                     ),
-                    outer=OuterConfig(),
+                    optimizer=OuterOptimizer(OuterConfig()),
                     upload_bps=limit,
                     download_bps=limit,
                     workers=1,

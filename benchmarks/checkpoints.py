@@ -19,7 +19,8 @@ import torch
 from coordinator_free import certificates
 from coordinator_free.checkpoints import CheckpointStore
 from coordinator_free.messages import NO_DIGEST, Member
-from coordinator_free.replica import State, state_root
+from coordinator_free.outer import OuterConfig, OuterOptimizer
+from coordinator_free.state import Shape, State
 from dht.identity import Identity
 
 RUN = "ab" * 20
@@ -34,8 +35,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     numel = int(arguments.mb * 1e6 / 4)
-    theta_N, momentum_N = torch.randn(numel), torch.randn(numel)
-    state = State(theta_N, momentum_N, state_root("bench", theta_N, momentum_N))
+    shape = Shape.of("bench", numel, 1, OuterOptimizer(OuterConfig()))
+    state = State.of(shape, [[torch.randn(length) for length in each] for each in shape.lengths])
     founder = Identity.generate()
     me = Member(
         peer_id=founder.peer_id,
@@ -47,9 +48,7 @@ def main() -> None:
     )
     chain_end = (certificates.found(RUN, me, founder, state.root),)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        store = CheckpointStore(
-            Path(folder) / "run", run_id=RUN, layout="bench", numel=numel, keep=1
-        )
+        store = CheckpointStore(Path(folder) / "run", run_id=RUN, shape=shape, keep=1)
         before_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
         for _ in range(arguments.runs):
             began, worked = time.perf_counter(), time.process_time()

@@ -107,8 +107,9 @@ def peer(arguments: argparse.Namespace) -> None:
                 rounds=ROUNDS,
                 codec=arguments.codec,
                 exchange_s=DEADLINE_S,
+                weight_cap=0.0,  # what is expected is the mean by samples
             ),
-            outer=OuterConfig(),
+            optimizer=outer,
             upload_bps=arguments.link_mb * 1e6,
             download_bps=arguments.link_mb * 1e6,
         ),
@@ -143,14 +144,9 @@ def peer(arguments: argparse.Namespace) -> None:
             print(json.dumps({"begins": work.round, "leader": session.status().leader}), flush=True)
             theta_N = work.theta_N
             same = bool(torch.equal(theta_N, held_N))
-            handed_in = theta_N - vectors[arguments.number]
-            # What is subtracted again in the session is not the same bits: this is.
-            vectors[arguments.number] = theta_N - handed_in
-            for number in range(arguments.peers):
-                if number != arguments.number:
-                    vectors[number] = theta_N - (theta_N - vectors[number])
             try:
-                result = session.submit(handed_in, arguments.number + 1)
+                session.hand_in(vectors[arguments.number], arguments.number + 1)
+                result = session.result()
             except SessionClosed:
                 return
             ended = time.monotonic()
@@ -165,7 +161,7 @@ def peer(arguments: argparse.Namespace) -> None:
                 "began_as_expected": same,
                 "contributors": result.members,
                 "fewest": fewest,
-                "final": bool(torch.equal(session.final_N, held_N)),
+                "final": bool(torch.equal(session.state.theta_N, held_N)),
             }
             print(json.dumps(line), flush=True)
 

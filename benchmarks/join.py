@@ -20,7 +20,7 @@ import torch
 
 from coordinator_free.config import RoundConfig
 from coordinator_free.handoff import SessionClosed
-from coordinator_free.outer import OuterConfig
+from coordinator_free.outer import OuterConfig, OuterOptimizer
 from coordinator_free.session import Session, SessionConfig
 from dht.directory import InMemoryDirectory, InMemoryNetwork
 from dht.identity import Identity
@@ -37,10 +37,11 @@ async def join(donors: int, numel: int, serve_bps: float) -> tuple[float, list[f
     trainers: list[threading.Thread] = []
 
     def train(session: Session) -> None:
-        while (work := session.next_assignment()) is not None:
+        while session.next_assignment() is not None:
             gate.wait()
             try:
-                session.submit(work.theta_N, 1)
+                session.hand_in(torch.zeros(numel), 1)
+                session.result()
             except SessionClosed:
                 return
 
@@ -53,7 +54,7 @@ async def join(donors: int, numel: int, serve_bps: float) -> tuple[float, list[f
                 layout="benchmark",
                 numel=numel,
                 round=RoundConfig(start_peers=donors, codec="int4"),
-                outer=OuterConfig(),
+                optimizer=OuterOptimizer(OuterConfig()),
                 serve_bps=serve_bps,
             ),
             identity=identity,

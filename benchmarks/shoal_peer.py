@@ -1,8 +1,6 @@
 """One of our own peers in a benchmark: a real `Session`, with the DHT, TLS and real rounds.
 
-It hands in its vector at once instead of training. The outer learning rate is so small that the
-parameters stay far below the last bit of any element: what `Session.submit` subtracts is then the
-vector itself, to the bit, in every round.
+It hands in its vector at once instead of training.
 """
 
 from __future__ import annotations
@@ -15,19 +13,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks import lockstep, vectors
 from coordinator_free.average import contributors
 from coordinator_free.config import RoundConfig
-from coordinator_free.outer import OuterConfig
+from coordinator_free.outer import OuterConfig, OuterOptimizer
 from coordinator_free.session import Session, SessionConfig
 from dht.identity import Identity
 from dht.kademlia import KademliaConfig, KademliaDirectory
 
 RUN = "5b" * 20
 EXCHANGE_S = 300.0
-LR = 2.0**-80
 
 
 class Rounds:
@@ -39,20 +35,16 @@ class Rounds:
         self._samples = vectors.weight(arguments.number)
         numbers = arguments.seed, arguments.number, arguments.numel
         self._delta_N = torch.from_numpy(vectors.vector(*numbers))
-        self._local_N: Tensor | None = None
 
     def prepare(self) -> None:
-        """The vector as parameters, after training that nobody did."""
-        work = self._session.next_assignment()
-        if work is None:
+        """Training that nobody does."""
+        if self._session.next_assignment() is None:
             raise lockstep.Failed("the session ended before its last round")
-        self._local_N = torch.sub(work.theta_N, self._delta_N)
 
     def exchange(self) -> dict[str, Any]:
         """A whole round."""
-        local_N, self._local_N = self._local_N, None
-        assert local_N is not None
-        result = self._session.submit(local_N, self._samples)
+        self._session.hand_in(self._delta_N, self._samples)
+        result = self._session.result()
         return {
             "exchange_s": result.allreduce_s,
             "bytes_sent": result.bytes_sent,
@@ -117,7 +109,7 @@ async def network(
                     quorum=1.0,  # a round without somebody would not be the same work
                     exchange_s=EXCHANGE_S,
                 ),
-                outer=OuterConfig(lr=LR),
+                optimizer=OuterOptimizer(OuterConfig()),
                 host=arguments.host,
                 announce_hosts=(arguments.host,),
             ),

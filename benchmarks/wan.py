@@ -25,7 +25,7 @@ the least that bound can be when everything is contributed: of all s_i with sum 
 by linear programming. Headers are in no bound: TCP's, IP's, TLS's and Ethernet's take some 4 %.
 
 Columns: exchange_s, the longest `RoundResult.allreduce_s` of all peers (the whole round, where a
-peer had to fetch the average afterwards); whole_s, from the last peer's `submit` to the last
+peer had to fetch the average afterwards); whole_s, from the last peer's `hand_in` to the last
 commit; bound_s with the shares there were, and its ratio to exchange_s; best_s and its ratio; the
 shares and fractions of the last round; whether the average was right, `part` where it could not be,
 because not everything was contributed. Medians of all rounds but the first.
