@@ -41,6 +41,8 @@ eval_blocks = 2
 [round]
 codec = "fp32"
 local_steps = {local_steps}
+fragments = 1
+delay_steps = 0
 rounds = {rounds}
 start_peers = {start_peers}
 grace_s = {grace_s}

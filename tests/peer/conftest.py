@@ -16,6 +16,7 @@ from torch import Tensor
 
 from coordinator_free.handoff import Assignment, RoundResult, SessionClosed
 from coordinator_free.session import SessionConfig, SessionStatus
+from coordinator_free.state import Fragment, Shape, State
 from dht.directory import InMemoryDirectory, InMemoryNetwork
 from dht.identity import Identity
 from dht.kademlia import KademliaConfig
@@ -23,15 +24,18 @@ from peer.homes import Home
 
 
 class FakeSession:
-    """A swarm of this peer alone: the average is what it submitted."""
+    """A swarm of this peer alone: the state becomes what it trained."""
 
     def __init__(self, config: SessionConfig) -> None:
         self.config = config
         self.last_round = config.round.rounds - 1
-        self.theta_N = torch.zeros(config.numel)
+        shape = Shape.of(config.layout, config.numel, config.round.parts, config.optimizer)
+        self.state = State.begin(shape, torch.zeros(config.numel))
         self.round = 0
         self.digest = ""
         self.samples: list[int] = []
+        self.reported: list[int] = []
+        self.hurried = False
         self.stopped = threading.Event()
         self.politely = False
         self.fail: Exception | None = None
@@ -51,7 +55,7 @@ class FakeSession:
     ) -> None:
         self._loop = asyncio.get_running_loop()
         if initial_N is not None:
-            self.theta_N = initial_N.clone()
+            self.state = State.begin(self.state.shape, initial_N.clone())
         try:
             if self.fail is not None:
                 raise self.fail
@@ -68,22 +72,40 @@ class FakeSession:
         closing = threading.Event()
         self._work.put(
             Assignment(
-                round=self.round, seat=0, seats=1, theta_N=self.theta_N.clone(), closing=closing
+                round=self.round,
+                seat=0,
+                seats=1,
+                samples=sum(self.samples),
+                state=self.state,
+                closing=closing,
             )
         )
 
     def next_assignment(self) -> Assignment | None:
         return self._work.get()
 
-    def submit(self, local_N: Tensor, samples: int) -> RoundResult:
+    def progress(self, samples: int) -> None:
+        self.reported.append(samples)
+
+    def hand_in(self, update_E: Tensor, samples: int) -> None:
+        if self.stopped.is_set():
+            raise SessionClosed("over")
+        self.samples.append(samples)
+        number = self.state.shape.fragment(self.round)
+        theta_E, *moments = self.state.fragments[number].vectors
+        trained = Fragment.of((theta_E - update_E, *moments))
+        self._next = self.state.then(number, trained)
+
+    def result(self) -> RoundResult:
         if self.stopped.is_set():
             raise SessionClosed("over")
         assert self._loop is not None
-        self.theta_N = local_N.clone()
-        self.samples.append(samples)
+        samples = self.samples[-1]
+        spans = ((0, self.state.shape.averaged(self.round)),)
+        self.state = self._next
         result = RoundResult(
             round=self.round,
-            included=True,
+            spans=spans,
             members=1,
             digest=f"{self.round:064x}",
             samples=samples,
@@ -91,6 +113,7 @@ class FakeSession:
             bytes_sent=100,
             bytes_received=200,
             allreduce_s=0.01,
+            commit_s=0.01,
             round_s=0.1,
         )
         self.digest = result.digest
@@ -122,10 +145,6 @@ class FakeSession:
             bytes_received=200,
             saving=self.saving,
         )
-
-    @property
-    def final_N(self) -> Tensor:
-        return self.theta_N
 
 
 class FakeSwarm:
@@ -202,6 +221,8 @@ batch_size = 2
 eval_blocks = 4
 [round]
 local_steps = 3
+fragments = 1
+delay_steps = 0
 rounds = 2
 """
     )

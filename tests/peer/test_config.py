@@ -44,6 +44,10 @@ def test_what_a_run_file_says_arrives() -> None:
         batch_size = 3
         [round]
         local_steps = 5
+        fragments = 2
+        delay_steps = 1
+        mixing = 0.25
+        feedback = "on"
         start_peers = 2
         codec = "int8"
         [outer]
@@ -51,13 +55,15 @@ def test_what_a_run_file_says_arrives() -> None:
         """,
         "run.toml",
     )
-    assert (config.name, config.local_steps, config.trainer.seed) == ("mine", 5, 7)
+    assert (config.name, config.local.local_steps, config.trainer.seed) == ("mine", 5, 7)
     assert config.trainer.model.overrides == {"n_positions": 64}
     assert config.trainer.optimizer.lr == 1.0
     assert isinstance(config.trainer.optimizer.lr, float)
     assert config.trainer.optimizer.betas == (0.8, 0.9)
     assert config.trainer.batch_size == 3
     assert (config.round.start_peers, config.round.codec) == (2, "int8")
+    assert (config.round.fragments, config.local.delay_steps, config.local.mixing) == (2, 1, 0.25)
+    assert config.local.feedback == "on"
     assert config.outer.momentum == 0.9
 
 
@@ -78,7 +84,12 @@ def test_what_a_run_file_says_arrives() -> None:
         ("[round]\nrounds = true", "rounds = true is true or false"),
         ("[round]\ncodec = 4", "codec = 4 is a number: write it in quotes"),
         ("[round]\ncodec = 'int3'", "[round] codec = 'int3'"),
-        ("[round]\nlocal_steps = 0", "local_steps = 0: use 1 to"),
+        ("[round]\nlocal_steps = -1", "local_steps = -1: use 0 to"),
+        ("[round]\nlocal_steps = 5", "[round] local_steps = 5 is less than fragments = 6"),
+        ("[round]\nlocal_steps = 24", "[round] delay_steps = 5 is more than the 4 steps"),
+        ("[round]\ndelay_steps = 0\nmode = 'gradient'", '[round] mode = "gradient" needs a target'),
+        ("[round]\nfeedback = 'off'", '[round] codec = "int2" needs what it cuts off fed back'),
+        ("[round]\nfeedback = 'never'", "feedback = 'never': use 'auto' or 'on' or 'off'"),
         ("[round]\nstart_peers = -1", "start_peers = -1: use 1 to"),
         ("[round]\ngrace_s = nan", "grace_s = nan: use"),
         ("[outer]\nmomentum = 1", "momentum = 1: use 0 to 0.999"),

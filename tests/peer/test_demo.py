@@ -63,7 +63,7 @@ def test_the_demos_run_file_says_what_was_asked_for(tmp_path: Any) -> None:
     config = DemoConfig(peers=3, rounds=5, codec="int8", seed=9, local_steps=7, data="/x/y.txt")
     run = load(Demo(config, tmp_path)._run_file(), "run.toml")
     assert (run.round.start_peers, run.round.rounds, run.round.codec) == (3, 5, "int8")
-    assert (run.trainer.seed, run.local_steps, run.trainer.data.path) == (9, 7, "/x/y.txt")
+    assert (run.trainer.seed, run.local.local_steps, run.trainer.data.path) == (9, 7, "/x/y.txt")
     timed = load(Demo(DemoConfig(minutes=1), tmp_path)._run_file(), "run.toml")
     assert timed.round.rounds == 0
 

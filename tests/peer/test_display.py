@@ -110,6 +110,7 @@ def test_a_round_is_one_line() -> None:
         bytes_received=5,
         allreduce_s=0.1,
         round_s=7.5,
+        wait_s=0.5,
     )
     line = display.round_line(event, 1500.0)
     assert line == (

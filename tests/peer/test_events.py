@@ -23,6 +23,7 @@ ROUND = RoundEvent(
     bytes_received=2000,
     allreduce_s=0.25,
     round_s=7.5,
+    wait_s=0.5,
 )
 
 
@@ -41,6 +42,7 @@ def test_a_round_has_exactly_the_fields_that_scripts_rely_on() -> None:
         "bytes_received",
         "allreduce_s",
         "round_s",
+        "wait_s",
     ]
     assert fields["event"] == "round"
     assert fields["val_loss"] == 2.25

@@ -73,7 +73,7 @@ def test_a_run_is_created_trained_and_finished(
 ) -> None:
     assert make(run_file=run_file, link_file=tmp_path / "link").run() == 0
     kinds = [event["event"] for event in recorder.events]
-    assert kinds == ["link", "joined", "round", "round", "done"]
+    assert kinds == ["link", "joined", "round", "chosen", "round", "done"]
     first, second = recorder.of("round")
     (done,) = recorder.of("done")
     assert (first["round"], second["round"], done["rounds"]) == (0, 1, 2)
@@ -401,6 +401,7 @@ def test_json_output_is_what_the_events_say(recorder: Recorder) -> None:
         bytes_received=1,
         allreduce_s=1.0,
         round_s=1.0,
+        wait_s=0.5,
     )
     outputs.JsonOutput(LineWriter(recorder)).event(event)
     assert recorder.events == [json.loads(to_json(event))]

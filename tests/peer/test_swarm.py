@@ -32,6 +32,8 @@ batch_size = 4
 eval_blocks = 8
 [round]
 local_steps = {local_steps}
+fragments = 1
+delay_steps = 0
 rounds = {rounds}
 start_peers = {start_peers}
 """
