@@ -16,8 +16,8 @@ round is for warming up and counts for nothing. What a row shows is
   last peer began, which leaves out what the first ones did or waited until then.
 - whole_s: all that a training loop waits for, from the last peer's call to the last peer's return.
   shoal: `Session.hand_in` to `result`, thus readiness, plan, exchange, outer step, hash of the
-  state, agreement and commit. hivemind: `step`, thus matchmaking, exchange and the way between two processes. gloo:
-  a multiplication by the weight and the exchange; it agrees on nothing.
+  state, agreement and commit. hivemind: `step`, thus matchmaking, exchange and the way between two
+  processes. gloo: a multiplication by the weight and the exchange; it agrees on nothing.
 - GB/s: 4 N * 2 (n - 1) / n / exchange_s, with N elements and n peers: what a butterfly or a ring of
   float32 moves per peer, whatever the codec made of it.
 - cpu_s: per peer and round, of all its processes (`meter`), from the start of a round to the moment

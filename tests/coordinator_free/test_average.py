@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import struct
 
 import pytest
@@ -15,6 +16,7 @@ from coordinator_free.average import (
     check_bits,
     contributor_bits,
     contributors,
+    spans_of,
 )
 from coordinator_free.codecs import codec
 from coordinator_free.messages import NO_DIGEST, Contribution, Plan, Slice
@@ -166,3 +168,26 @@ def test_who_is_in_a_chunk_is_told_by_the_outcome_though_the_plan_named_others()
     assert contributors(made, (a, c, d)) == [(a, c, d), (d,)]
     with pytest.raises(ValueError, match="3 contributors are averaged, 2 are named"):
         contributors(made, (a, c))
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 50), st.integers(1, 7)), min_size=1, max_size=12))
+def test_spans_are_where_the_chunks_of_a_contributor_are(chunks: list[tuple[int, int]]) -> None:
+    """Adjacent ones are one; the bitmaps may name anybody, but somebody."""
+    made = Average(
+        "fp32",
+        [
+            Chunk(n, length, bytes([who]), bytes(4 * length))
+            for n, (length, who) in enumerate(chunks)
+        ],
+    )
+    there = [bit for bit in range(3) if any(who >> bit & 1 for _, who in chunks)]
+    named = tuple(Contribution(peer_id="abc"[bit], samples=1) for bit in there)
+    for bit, name in enumerate("abc"):
+        spans = spans_of(name, made, named)
+        inside = [who >> bit & 1 for length, who in chunks for _ in range(length)]
+        assert [n for span in spans for n in range(*span)] == [n for n, i in enumerate(inside) if i]
+        assert all(stop < start for (_, stop), (start, _) in itertools.pairwise(spans))
+    assert spans_of("nobody", made, named) == ()
+    with pytest.raises(ValueError, match="are named"):
+        spans_of("a", made, (*named, Contribution(peer_id="d", samples=1)))

@@ -23,6 +23,7 @@ from coordinator_free.chain import Chain
 from coordinator_free.config import RoundConfig
 from coordinator_free.contact import Contact
 from coordinator_free.messages import NO_DIGEST, Certificate, Kind, Outcome
+from coordinator_free.partition import ALIGN_ELEMENTS
 from coordinator_free.replica import MIN_KEPT_AVERAGES, Replica
 from coordinator_free.session import Session
 from coordinator_free.state import LEAF_ELEMENTS, State
@@ -258,6 +259,42 @@ async def test_what_is_committed_during_a_download_is_replayed(
     assert donor.average(missed[0]) is None  # the download took longer than donors keep averages
     assert state.root == donor.state.root
     assert chain.newest == donor.chain.newest
+    assert others.downloads == 1
+
+
+async def test_rounds_of_fragments_that_pass_during_a_download_are_replayed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Averages of several lengths, each kept on the disk and checked by its own round's."""
+    monkeypatch.setattr(catchup, "COLLECT_S", 0.01)
+    monkeypatch.setattr(catchup, "COLLECT_SOON_S", 0.01)
+    numel = 3 * ALIGN_ELEMENTS - 9
+    donor = replica(numel, fragments=3)
+    of = donor.state.shape
+    others = Others(donor=donor)
+
+    async def pass_rounds() -> None:
+        for round in range(7):
+            one = average(round, of.averaged(round))
+            apply(donor, donor.consider(one), one)
+            await asyncio.sleep(0.03)
+
+    others.during_download = pass_rounds
+    catching = CatchUp(
+        Me(None, others),
+        transfer=cast(Transfer, others),
+        directory=cast(Directory, others),
+        run_id="00" * 20,
+        peer_id="me",
+        round=RoundConfig(codec="fp32", fragments=3, exchange_s=1.0),
+        shape=of,
+        optimizer=OPTIMIZER,
+    )
+    found = await catching.find(5.0)
+    assert found is not None
+    state, chain = found
+    assert chain.newest == donor.chain.newest
+    assert state.digests == donor.state.digests
     assert others.downloads == 1
 
 

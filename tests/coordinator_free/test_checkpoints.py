@@ -31,6 +31,7 @@ from coordinator_free.messages import (
     Signature,
 )
 from coordinator_free.outer import OuterConfig, OuterOptimizer
+from coordinator_free.partition import ALIGN_ELEMENTS
 from coordinator_free.state import Fragment, Shape, State
 from coordinator_free.wire import head_digest
 from dht.errors import StateError
@@ -51,8 +52,8 @@ def member(peer: str, session: int = 1) -> Member:
     )
 
 
-def shape(numel: int = NUMEL, layout: str = LAYOUT) -> Shape:
-    return Shape.of(layout, numel, 1, OuterOptimizer(OuterConfig()))
+def shape(numel: int = NUMEL, layout: str = LAYOUT, fragments: int = 1) -> Shape:
+    return Shape.of(layout, numel, fragments, OuterOptimizer(OuterConfig()))
 
 
 def state(seed: int, numel: int = NUMEL) -> State:
@@ -116,6 +117,27 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert found.chain == b"proof"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+
+
+def test_a_state_in_fragments_is_loaded_as_it_was_cut_and_no_other_way(tmp_path: Path) -> None:
+    numel = 5 * ALIGN_ELEMENTS + 7
+    cut = shape(numel, fragments=3)
+    generator = torch.Generator().manual_seed(3)
+    saved = State.of(
+        cut, [[torch.randn(n, generator=generator) for n in each] for each in cut.lengths]
+    )
+    CheckpointStore(tmp_path, run_id=RUN, shape=cut).save(saved, decrees(1, saved.root))
+    found = CheckpointStore(tmp_path, run_id=RUN, shape=cut).newest()
+    assert found is not None
+    assert found.state.root == saved.root
+    assert found.state.digests == saved.digests
+    assert all(map(torch.equal, found.state.vectors(), saved.vectors()))
+    # As many elements, but the run is another one.
+    for fragments in (1, 2, 4):
+        other = CheckpointStore(tmp_path, run_id=RUN, shape=shape(numel, fragments=fragments))
+        assert other.newest() is None
+        with pytest.raises(ValueError, match="differ"):
+            other.save(saved, decrees(1, saved.root))
 
 
 def test_nothing_is_found_where_nothing_is(tmp_path: Path) -> None:

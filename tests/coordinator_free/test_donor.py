@@ -371,3 +371,26 @@ async def test_a_donor_that_answers_nothing_at_all_costs_a_deadline(
     network.donors["a"].serve = hangs  # type: ignore[method-assign, assignment]
     got = await transfer_over(network).state(whole.root, contacts("ab"))  # type: ignore[arg-type]
     assert_same(got, whole)
+
+
+async def test_a_state_in_fragments_comes_whole() -> None:
+    network = Network()
+    whole = state(numel=BIG, fragments=3)
+    assert len({sum(lengths) for lengths in whole.shape.lengths}) > 1
+    chain = Chain.begin(certificate(whole.root, kind=Kind.FOUND))
+    for name in "ab":
+        held = Replica(OPTIMIZER, whole, chain)
+        network.donors[name] = donor(held, asyncio.get_running_loop().time)
+    transfer = Transfer(
+        client=cast(Client, network),
+        run_id=RUN,
+        creator="a",
+        shape=shape(BIG, fragments=3),
+        round=RoundConfig(fragments=3),
+        check=check,
+    )
+    got = await transfer.state(whole.root, contacts("ab"))  # type: ignore[arg-type]
+    assert_same(got, whole)
+    assert torch.equal(got.theta_N, whole.theta_N)
+    for one, other in zip(got.fragments, whole.fragments, strict=True):
+        assert one.digests == other.digests

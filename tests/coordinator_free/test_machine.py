@@ -47,6 +47,7 @@ from coordinator_free.messages import (
     Outcome,
     Plan,
     Prepare,
+    Progress,
     Promise,
     Propose,
     Ready,
@@ -116,6 +117,7 @@ class Rig:
         session: int = 1,
         cannot_reduce: str = "",
         config: RoundConfig = CONFIG,
+        layout: Layout = LAYOUT,
     ) -> None:
         roster = tuple(seat(n, can_reduce=n not in cannot_reduce) for n in names)
         self.now = 100.0
@@ -124,7 +126,7 @@ class Rig:
         self.machine = Machine(
             me=seat(me, session=session, can_reduce=me not in cannot_reduce),
             run_id=RUN,
-            layout=LAYOUT,
+            layout=layout,
             config=config,
             certificate=self.certificate,
             signer=Key(me),
@@ -1737,3 +1739,98 @@ def test_another_branch_is_taken_only_if_it_outranks_this_one() -> None:
     assert rig.machine.certificate == better
     assert of(StartWork, actions)[0].round == ROUND + 1
     assert of(Apply, actions) == []  # the shell has installed the state itself
+
+
+# -- gradients --------------------------------------------------------------------------------
+
+BATCH = dataclasses.replace(CONFIG, mode="gradient", target_batch=100)
+
+
+def progress(samples: int, ballot: int = 0) -> Progress:
+    return Progress(height=HEIGHT, ballot=ballot, samples=samples)
+
+
+def test_how_far_the_work_is_is_told_to_the_leader_when_it_grows_and_every_second() -> None:
+    member = Rig(L1, config=BATCH)
+    assert sent(Progress, member.machine.work_progress(ROUND, 0, member.now)) == []
+    told = [(L0, progress(8))]
+    assert sent(Progress, member.machine.work_progress(ROUND, 8, member.now)) == told
+    assert sent(Progress, member.machine.work_progress(ROUND, 8, member.now)) == []
+    assert sent(Progress, member.machine.work_progress(ROUND - 1, 9, member.now)) == []
+    assert sent(Progress, member.passes(1.0)) == told  # the first one may be lost
+    assert sent(Progress, member.works(12)) == []
+    assert sent(Progress, member.passes(2.0)) == []  # it is ready, and says that
+    assert sent(Progress, member.machine.work_progress(ROUND, 20, member.now)) == []
+
+
+def test_the_next_leader_is_told_anew() -> None:
+    member = Rig(L2, config=BATCH)
+    member.machine.work_progress(ROUND, 8, member.now)
+    member.machine.undeliverable(L0, member.now)
+    assert sent(Progress, member.passes(1.0)) == [(L1, progress(8, ballot=1))]
+
+
+def test_a_leader_closes_the_work_when_the_batch_is_full() -> None:
+    leader = Rig(L0, config=BATCH)
+    for peer, samples in ((L1, 30), (L2, 30), (L3, 30)):
+        assert sent(Lead, leader.hears(peer, progress(samples))) == []
+    assert sent(Lead, leader.hears(L1, progress(39))) == []  # 99: it grows, and counts once
+    actions = leader.hears(L4, progress(1))
+    assert {to for to, lead in sent(Lead, actions) if lead.closing} == set(FIVE) - {L0}
+    assert of(CloseWork, actions) == [CloseWork(round=ROUND)]
+    leader.works()
+    for peer in (L1, L2, L3):
+        assert sent(Plan, leader.hears(peer, leader.ready())) == []
+    assert sent(Plan, leader.hears(L4, leader.ready()))  # as soon as all are ready
+
+
+def test_after_a_batch_is_closed_nobody_is_waited_for_longer_than_the_time_to_hand_in() -> None:
+    leader = Rig(L0, config=BATCH)
+    leader.hears(L1, progress(100))
+    leader.hears(L1, leader.ready(samples=100))  # one of five, which is no quorum
+    assert sent(Plan, leader.passes(BATCH.close_s - 0.25)) == []
+    plans = [plan for _, plan in sent(Plan, leader.passes(0.5))]
+    assert plans
+    assert {c.peer_id for c in plans[0].contributions} == {L1}
+
+
+def test_what_was_handed_in_counts_for_what_was_said_before() -> None:
+    leader = Rig(L0, config=BATCH)
+    leader.hears(L1, progress(60))
+    assert sent(Lead, leader.hears(L1, leader.ready(samples=60))) == []  # not 120
+    assert any(lead.closing for _, lead in sent(Lead, leader.hears(L2, progress(40))))
+
+
+def test_who_is_lost_does_not_fill_a_batch() -> None:
+    leader = Rig(L0, config=BATCH)
+    leader.hears(L1, progress(90))
+    leader.machine.undeliverable(L1, leader.now)
+    assert not any(lead.closing for _, lead in sent(Lead, leader.hears(L2, progress(20))))
+
+
+def test_without_gradients_progress_closes_nothing() -> None:
+    leader = Rig(L0)
+    assert not any(lead.closing for _, lead in sent(Lead, leader.hears(L1, progress(2**48))))
+
+
+def test_a_plan_averages_the_fragment_of_its_round() -> None:
+    lengths = (3 * ALIGN_ELEMENTS, 5 * ALIGN_ELEMENTS, 4 * ALIGN_ELEMENTS - 7)
+    layout = Layout(lengths=lengths, largest_chunk=ALIGN_ELEMENTS)
+    assert [layout.numel(round) for round in range(4)] == [*lengths, lengths[0]]
+    leader = Rig(L0, layout=layout)
+    leader.works()
+    actions = [a for peer in (L1, L2, L3, L4) for a in leader.hears(peer, leader.ready())]
+    plans = [plan for _, plan in sent(Plan, actions)]
+    assert {plan.numel for plan in plans} == {lengths[ROUND % 3]}
+    member = Rig(L1, layout=layout)
+    member.works()
+    assert of(StartExchange, member.hears(L0, plans[0]))
+    for number, length in enumerate(lengths):
+        other = Rig(L1, layout=layout)
+        other.works()
+        chunks = -(-length // ALIGN_ELEMENTS)
+        changed = dataclasses.replace(
+            plans[0], numel=length, slices=share([Run(start=0, stop=chunks)], FIVE)
+        )
+        followed = bool(of(StartExchange, other.hears(L0, changed)))
+        assert followed == (number == ROUND % 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,9 @@ from coordinator_free.config import RoundConfig
 from coordinator_free.handoff import RoundResult, SessionClosed
 from coordinator_free.messages import Heads, Join
 from coordinator_free.outer import OuterConfig, OuterOptimizer
+from coordinator_free.partition import ALIGN_ELEMENTS
 from coordinator_free.session import STRANGE_BYTES, Session, SessionConfig, beginning_after
+from coordinator_free.state import State
 from dht.directory import InMemoryDirectory, InMemoryNetwork
 from dht.errors import RoundError, StateError
 from dht.identity import Identity
@@ -57,6 +60,7 @@ class Swarm:
         identity: Identity | None = None,
         disk: Path | None = None,
         link_bps: float = 0.0,
+        play: Callable[[Session, list[RoundResult]], None] | None = None,
     ) -> Peer:
         """One more peer; the first one founds the swarm, and no other peer does.
 
@@ -67,6 +71,7 @@ class Swarm:
             identity: it is this one, restarted.
             disk: where it keeps its checkpoints.
             link_bps: what its link takes, either way; 0: anything.
+            play: plays all that the training thread does, in place of `work`.
         """
         identity = self.identities[0] if founder_again else identity or Identity.generate()
         self.identities.append(identity)
@@ -111,12 +116,29 @@ class Swarm:
         peer = Peer(
             session,
             asyncio.create_task(session.run(initial, lambda: (), rejoin_s=rejoin_s)),
-            threading.Thread(target=train, daemon=True),
+            threading.Thread(
+                target=train if play is None else lambda: play(session, results), daemon=True
+            ),
             results,
         )
         peer.trainer.start()
         self.peers.append(peer)
         return peer
+
+    def start_gradients(self, *, step: int, value: float) -> Peer:
+        """A peer in gradient mode: so many samples every few milliseconds, until it is hurried."""
+
+        def train(session: Session, results: list[RoundResult]) -> None:
+            while session.next_assignment() is not None:
+                samples = 0
+                while samples < self.config.target_batch and not session.hurried:
+                    time.sleep(0.02)
+                    samples += step
+                    session.progress(samples)
+                session.hand_in(torch.full((self.numel,), value), samples)
+                results.append(session.result())
+
+        return self.start(play=train)
 
     async def kill_all(self) -> None:
         """No farewell, and what they announced is forgotten."""
@@ -185,6 +207,79 @@ async def test_the_average_is_the_mean_weighted_by_samples() -> None:
         expected = -0.7 * (1 + 0.6) * mean
         assert torch.allclose(three.peers[0].session.state.theta_N, expected, atol=1e-6)
         assert {result.total_samples for p in three.peers for result in p.results} == {60}
+
+
+FRAGMENTED = 5 * ALIGN_ELEMENTS + 7  # in three fragments: of one, two and two pieces and a bit
+
+
+async def test_four_peers_that_average_fragments_in_turn_stay_identical() -> None:
+    config = RoundConfig(start_peers=4, rounds=6, codec="int4", fragments=3)
+    async with swarm(config, numel=FRAGMENTED) as four:
+        for _ in range(4):
+            four.start()
+        await asyncio.wait_for(asyncio.gather(*(p.network for p in four.peers)), 60)
+        digests = [rounds_of(peer) for peer in four.peers]
+        assert set(digests[0]) == set(range(6))
+        assert len(set(digests[0].values())) == 6
+        assert all(other == digests[0] for other in digests)
+        states = [peer.session.state for peer in four.peers]
+        assert {state.root.hex() for state in states} == {digests[0][5]}
+        for state in states:
+            assert all(map(torch.equal, state.vectors(), states[0].vectors()))
+            # Whoever has the same bytes has the same name.
+            again = State.of(state.shape, [fragment.vectors for fragment in state.fragments])
+            assert again.root == state.root
+        lengths = [length for length, _ in states[0].shape.lengths]
+        assert len(set(lengths)) > 1
+        for peer in four.peers:
+            assert all(r.members == 4 for r in peer.results)
+            assert [r.spans for r in peer.results] == [((0, lengths[n % 3]),) for n in range(6)]
+
+
+async def test_every_fragment_is_averaged_by_samples_and_moved_by_its_own_momentum() -> None:
+    config = RoundConfig(start_peers=3, rounds=6, codec="fp32", fragments=3)
+    async with swarm(config, numel=FRAGMENTED) as three:
+        pieces = [torch.randn(FRAGMENTED) for _ in range(3)]
+        for number, piece in enumerate(pieces):
+            three.start(lambda theta, _, piece=piece: theta - piece, samples=10 * (number + 1))
+        await asyncio.wait_for(asyncio.gather(*(p.network for p in three.peers)), 60)
+        mean = (10 * pieces[0] + 20 * pieces[1] + 30 * pieces[2]) / 60
+        # Two Nesterov steps of each: m = delta, then 1.6 delta.
+        expected = -0.7 * ((1 + 0.6) + (1 + 0.6 * 1.6)) * mean
+        for peer in three.peers:
+            assert torch.allclose(peer.session.state.theta_N, expected, atol=1e-4)
+            momentum = torch.cat([f.vectors[1] for f in peer.session.state.fragments])
+            assert torch.allclose(momentum, 1.6 * mean, atol=1e-5)
+
+
+async def test_a_newcomer_gets_all_fragments_and_takes_part() -> None:
+    async with swarm(RoundConfig(codec="int8", fragments=3), numel=FRAGMENTED) as two:
+        first = two.start()
+        await two.until(lambda: len(first.results) >= 4)
+        second = two.start()
+        await two.until(lambda: sum(r.included for r in second.results) >= 4)
+        await two.until(lambda: first.results[-1].round >= second.results[-1].round)
+        shared = rounds_of(first).keys() & rounds_of(second).keys()
+        assert len(shared) >= 4
+        assert all(rounds_of(first)[r] == rounds_of(second)[r] for r in shared)
+
+
+async def test_a_batch_of_gradients_ends_when_all_together_have_enough() -> None:
+    """The session's own `progress` is what the leader adds up."""
+    config = RoundConfig(mode="gradient", target_batch=60, start_peers=3, rounds=4, codec="fp32")
+    async with swarm(config) as three:
+        for number in range(3):
+            three.start_gradients(step=2, value=float(number + 1))
+        await asyncio.wait_for(asyncio.gather(*(p.network for p in three.peers)), 60)
+        digests = [rounds_of(peer) for peer in three.peers]
+        assert all(other == digests[0] for other in digests)
+        for results in zip(*(peer.results for peer in three.peers), strict=True):
+            total = results[0].total_samples
+            assert {result.total_samples for result in results} == {total}
+            assert sum(result.samples for result in results) == total
+            # Nobody made the batch alone, and the news of it took a few steps at most.
+            assert 60 <= total < 120
+            assert all(result.samples < 60 for result in results)
 
 
 async def test_a_newcomer_gets_the_state_and_takes_part() -> None:
@@ -335,6 +430,27 @@ async def test_when_all_were_killed_the_run_goes_on_from_disk(tmp_path: Path, fi
         assert any(r.included and r.members == 2 for r in again[0].results)
         assert rounds_of(again[0]).items() & rounds_of(again[1]).items()
         assert len(digests) >= 3
+
+
+@pytest.mark.slow
+async def test_with_fragments_the_run_goes_on_from_disk_as_well(tmp_path: Path) -> None:
+    config = RoundConfig(start_peers=2, provisional_s=2.0, codec="int4", fragments=3)
+    async with swarm(config, numel=FRAGMENTED) as two:
+        old = [two.start(disk=tmp_path), two.start(disk=tmp_path)]
+        await two.until(lambda: all(len(peer.results) >= 4 for peer in old))
+        await two.kill_all()
+        reached = max(max(rounds_of(peer)) for peer in old)
+        again = [two.start(identity=two.identities[i], disk=tmp_path) for i in (1, 0)]
+        await two.until(lambda: all(len(peer.results) >= 4 for peer in again), 60)
+        begun = [min(rounds_of(peer)) for peer in again]
+        assert reached + 1 <= min(begun) <= reached + 2
+        shared = rounds_of(again[0]).keys() & rounds_of(again[1]).keys()
+        assert len(shared) >= 2
+        assert all(rounds_of(again[0])[r] == rounds_of(again[1])[r] for r in shared)
+        # Each fragment's round comes in its turn, whatever was saved last.
+        shape = again[0].session.state.shape
+        for result in again[0].results:
+            assert result.spans in ((), ((0, shape.averaged(result.round)),))
 
 
 @pytest.mark.slow

@@ -36,6 +36,7 @@ from coordinator_free.messages import (
     Signature,
 )
 from coordinator_free.outer import OuterConfig, OuterOptimizer
+from coordinator_free.partition import ALIGN_ELEMENTS
 from coordinator_free.state import Shape
 from coordinator_free.transfer import Transfer
 from coordinator_free.transport import Client
@@ -296,6 +297,32 @@ async def test_an_average_that_has_the_root_is_believed(peers: Peers, transfer: 
     peers.frames = [*one.frames()]
     assert (await transfer.average(contact("x"), outcome(one.root))).root == one.root
     assert peers.asked == [FetchOutcome(vector_root=one.root)]
+
+
+async def test_an_average_has_the_length_of_its_rounds_fragment(peers: Peers) -> None:
+    """One of another round's length is refused, though its root is the one that was asked for."""
+    numel = 3 * ALIGN_ELEMENTS - 9
+    shape = Shape.of("layout", numel, 3, OuterOptimizer(OuterConfig()))
+    transfer = Transfer(
+        client=cast(Client, peers),
+        run_id=RUN,
+        creator="a",
+        shape=shape,
+        round=RoundConfig(fragments=3),
+        check=check,
+    )
+    lengths = [shape.averaged(round) for round in range(3)]
+    assert lengths == [ALIGN_ELEMENTS, ALIGN_ELEMENTS, ALIGN_ELEMENTS - 9]
+    payload = bytes(codec("int4").encode(torch.ones(lengths[2])))
+    one = Average("int4", [Chunk(0, lengths[2], b"\x01", payload)])
+    for round in range(6):
+        decided = dataclasses.replace(outcome(one.root), round=round + 1)
+        peers.frames = [*one.frames()]
+        if round % 3 == 2:
+            assert (await transfer.average(contact("x"), decided)).root == one.root
+        else:
+            with pytest.raises(ProtocolViolation, match="incomplete"):
+                await transfer.average(contact("x"), decided)
 
 
 async def test_a_holder_that_sends_something_else_or_breaks_off_is_named(

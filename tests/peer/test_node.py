@@ -90,6 +90,30 @@ def test_a_run_is_created_trained_and_finished(
     assert Link.parse(link["link"]).run_id == session.config.run_id == link["run"]
 
 
+def test_with_fragments_what_the_swarm_has_is_evaluated_once_a_cycle(
+    make: Callable[..., Node], swarm: Any, recorder: Recorder, run_file: Path
+) -> None:
+    text = run_file.read_text()
+    for old, new in (
+        ("fragments = 1", "fragments = 2"),
+        ("local_steps = 3", "local_steps = 6"),
+        ("rounds = 2", "rounds = 4"),
+    ):
+        assert old in text
+        text = text.replace(old, new)
+    run_file.write_text(text)
+    assert make(run_file=run_file).run() == 0
+    (session,) = swarm.sessions
+    assert len(session.state.shape.bounds) == 2
+    assert session.samples == [6] * 4  # three steps of two in each round
+    rounds = recorder.of("round")
+    assert [event["round"] for event in rounds] == [0, 1, 2, 3]
+    assert [event["val_loss"] is None for event in rounds] == [False, True, False, True]
+    (done,) = recorder.of("done")
+    assert done["val_loss"] < rounds[2]["val_loss"] < rounds[0]["val_loss"]
+    assert done["digest"] == rounds[3]["digest"]
+
+
 def test_the_run_is_published_signed_and_without_private_paths(
     make: Callable[..., Node], swarm: Any, recorder: Recorder, run_file: Path, home: Home
 ) -> None:
