@@ -61,7 +61,7 @@ _T = TypeVar("_T")
 
 _FIND_ATTEMPTS = 5
 _FIND_PAUSE_S = 1.0
-_REMEMBER_S = 5.0
+_REMEMBER_S = 15.0  # between two looks for others, beside those of the session
 _TWIN_S = 3.0  # for another process with our identity to answer
 _OWN_IN_LINK = 8
 

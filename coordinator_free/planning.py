@@ -29,7 +29,7 @@ CHUNKS_EACH_SLOW = 64
 FINE_S = 0.5
 FAST_BPS = 60e6  # bytes per second: links that are faster than this are planned for as if equal
 ALIKE = 1.5  # links that differ from the usual by less than this factor are measured no better
-SMALLEST_CHUNK = 1 << 14  # bytes
+SMALLEST_CHUNK = 1 << 14  # bytes; what a message costs beside them is half a percent of it
 WORTH_S = 2.0  # an exchange that is over sooner is not worth leaving anything out of
 
 DEADLINE_FLOOR_S = 15.0
@@ -124,8 +124,9 @@ def draft(
             division = divide(parties)
     takes_s = division.seconds_per_byte * encoded if known else 0.0
     reducers = sum(party.reduces for party in parties)
-    most = max(CHUNKS_EACH, int(encoded / (reducers * SMALLEST_CHUNK)))
-    each = min(most, CHUNKS_EACH_SLOW) if known else CHUNKS_EACH
+    fitting = int(encoded / (reducers * SMALLEST_CHUNK))
+    # Unequal shares come in whole chunks; equal ones may as well be one each.
+    each = min(max(CHUNKS_EACH, fitting), CHUNKS_EACH_SLOW) if known else min(CHUNKS_EACH, fitting)
     elements = chunk_elements(numel, reducers, layout.largest_chunk, each)
     everything = Run(start=0, stop=-(-numel // elements))
     slices = cut(parties, division.shares, [everything], division.fractions)
