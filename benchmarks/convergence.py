@@ -223,7 +223,8 @@ async def rivals_curve(case: Case, task: Task, folder: Path, curve: Curve) -> No
             async def follow(number: int) -> None:
                 async for mark in peers.follow(number, "done"):
                     if number == 0:
-                        sent = _since(before, peers.pids)
+                        sent = statistics.mean(map(transmitted, peers.pids))
+                        sent -= statistics.mean(before)
                         curve.points.append({**mark, "bytes": sent})
                 curve.losses.append(mark["val_loss"])
                 curve.waits.append(mark["wait_s"] / max(mark["wall_s"], 1e-9))
@@ -254,6 +255,7 @@ async def our_curve(case: Case, task: Task, folder: Path, curve: Curve) -> None:
         async with daemons.running():
             began: list[float] = []
             before: list[int] = []
+            latest: list[int] = []
             lasts: list[float] = []
 
             async def follow(number: int) -> None:
@@ -264,15 +266,18 @@ async def our_curve(case: Case, task: Task, folder: Path, curve: Curve) -> None:
                         began.append(event["at"])
                         if len(began) == task.peers:
                             before.extend(map(transmitted, daemons.pids))
+                            latest.extend(before)
                         at = event["at"]
                     elif kind == "round":
+                        with contextlib.suppress(OSError):  # done and gone: what it had sent before
+                            latest[number] = transmitted(daemons.pids[number])
                         # Its loss is of what the round began with: what was there at the last one.
                         if number == 0:
                             step = round(event["round"] * steps_a_round)
                             point = {"step": step, "val_loss": event["val_loss"], "bytes": sent}
                             point["wait_s"] = wait_s
                             curve.points.append({**point, "wall_s": max(0.0, at - max(began))})
-                            sent = _since(before, daemons.pids)
+                            sent = statistics.mean(latest) - statistics.mean(before)
                         at = event["at"]
                         wait_s += event.get("wait_s", event["allreduce_s"])
                         curve.samples += event["samples"]
@@ -297,14 +302,6 @@ async def _all(followers: Any) -> None:
                 tasks.create_task(follower)
     except BaseExceptionGroup as group:
         raise innermost(group) from group
-
-
-def _since(before: list[int], pids: list[int]) -> float:
-    """Bytes of a peer since then, the mean."""
-    try:
-        return statistics.mean(map(transmitted, pids)) - statistics.mean(before)
-    except OSError:  # a peer was done and gone
-        return float("nan")
 
 
 def run_file(setting: str, task: Task) -> tuple[str, RunConfig]:
