@@ -573,6 +573,7 @@ class _Rounds:
             else:
                 # The swarm went on while this peer was away; nothing to say about those rounds.
                 logger.warning("node.rounds_missed from=%d to=%d", before.round, result.round)
+            self._losses = {r: each for r, each in self._losses.items() if r > result.round}
         if turn.work is None:
             return False
         self._work = turn.work
