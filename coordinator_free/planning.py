@@ -17,7 +17,7 @@ from coordinator_free.bandwidth import MIN_BPS, Delivery, Rate, settle
 from coordinator_free.codecs import codec
 from coordinator_free.config import Layout, RoundConfig
 from coordinator_free.messages import WHOLE, Contribution, Plan, Run, Slice, View
-from coordinator_free.partition import CHUNK_BYTES, chunk_elements
+from coordinator_free.partition import chunk_elements
 from coordinator_free.shares import Division, Party, balance, cut, divide, sent, times
 
 CHUNKS_EACH = 8  # of each reducer, at least: sending, summing and sending back overlap
@@ -27,7 +27,9 @@ CHUNKS_EACH_SLOW = 64
 # A shorter exchange is over before links are measured well, and what limits it is rather how busy
 # the machines are: then all get the same, in chunks that cost little besides their bytes.
 FINE_S = 0.5
-FAST_BPS = 60e6  # bytes per second: links that are faster than this are planned for as if equal
+# Bytes per second. Links that are faster than this are planned for as if equal; where all are, it is
+# rather the machines that take the time, and what a chunk costs them besides its bytes counts.
+FAST_BPS = 60e6
 ALIKE = 1.5  # links that differ from the usual by less than this factor are measured no better
 SMALLEST_CHUNK = 1 << 14  # bytes; what a message costs beside them is half a percent of it
 WORTH_S = 2.0  # an exchange that is over sooner is not worth leaving anything out of
@@ -100,11 +102,12 @@ def draft(
         for seat in seats
     ]
     numel = layout.numel(round)
-    encoded = numel * CHUNK_BYTES / layout.largest_chunk
+    encoded = codec(config.codec).encoded_bytes(numel)
     division = _in_full(parties)
     # With fewer known, those that are taken for usual would be blamed for what they never claimed.
     known = 2 * sum(seat.rate.up_bps > 0 and seat.rate.down_bps > 0 for seat in seats) > len(seats)
-    if not known or division.seconds_per_byte * encoded <= FINE_S:
+    fast = all(min(rates[p.peer_id].up_bps, rates[p.peer_id].down_bps) >= FAST_BPS for p in parties)
+    if not known or fast or division.seconds_per_byte * encoded <= FINE_S:
         known = False
         parties = [replace(party, up_bps=1.0, down_bps=1.0) for party in parties]
         division = _in_full(parties)

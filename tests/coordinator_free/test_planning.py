@@ -88,6 +88,23 @@ def test_who_has_more_bandwidth_reduces_more_and_slow_links_get_smaller_chunks()
     assert drafted.expected_s == pytest.approx(BYTES * 6 / (500 * MBIT), rel=0.02)
 
 
+def test_where_all_links_are_fast_chunks_are_few_and_shares_equal() -> None:
+    drafted = planned([seat("a", 4000), seat("b", 1000), seat("c", 900), seat("d", 600)])
+    got = shares(drafted)
+    assert max(got.values()) - min(got.values()) <= 1
+    assert sum(got.values()) <= 4 * CHUNKS_EACH
+    assert drafted.links == ()
+    slower = planned([seat("a", 4000), seat("b", 1000), seat("c", 900), seat("d", 300)])
+    assert shares(slower)["d"] < shares(slower)["a"]
+
+
+def test_little_is_not_cut_into_less_than_is_worth_a_message() -> None:
+    little = Layout(lengths=(100_000,), largest_chunk=LAYOUT.largest_chunk)
+    drafted = draft([seat(name) for name in "abcd"], little, 0, RoundConfig(codec="int2"), None)
+    assert len(drafted.slices) == 4
+    assert set(shares(drafted).values()) == {1}
+
+
 def test_who_cannot_be_dialled_and_who_has_no_work_does_only_the_rest() -> None:
     drafted = planned([seat("a", 100), seat("b", 100, can_reduce=False), seat("c", 100, samples=0)])
     assert set(shares(drafted)) == {"a", "c"}
