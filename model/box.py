@@ -7,34 +7,37 @@ what it announces, until it closes. Each of them holds the whole model and its o
 dealt out among the ranks and their gradients are summed, so the box takes the steps that one device
 would take on the whole batch.
 
+What is to be trained only rank 0 can find out. It leaves the run file in the launcher's store,
+where the others wait for it (`Crew`, `follow`), or an empty one, with which they go home.
+
 Announcements are four integers each, over gloo even between GPUs: when a process dies, its sockets
 close at once, while NCCL would wait. Nothing is pickled.
 
 Guaranteed: equal steps to those of one process but for the order of sums; a rank that fails is a
 `BoxError` in rank 0; the others end within seconds when rank 0 dies and within `PATIENCE_S` when it
 hangs between two commands (until `EXCHANGE_S` inside one). Not guaranteed: to go on with one rank
-less, or safety against the other ranks: they are this user's own processes.
+less, or safety against the other ranks, or others who reach the launcher's ports: torch.distributed
+trusts its network, so between machines that has to be a private one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import enum
-import logging
 import os
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
-from model.data import TokenData
 from model.trainer import StepReport, Trainer, TrainerConfig, TrainingDiverged
-
-logger = logging.getLogger(__name__)
 
 # Rank 0 may have nothing to say for hours, while it waits for other peers. It says so.
 BEAT_S = 5.0
@@ -42,6 +45,20 @@ PATIENCE_S = 60.0
 
 # The slowest rank may be so late in a sum: it may be cutting down its micro-batch.
 EXCHANGE_S = 600.0
+
+# Rank 0 looks for its run, for minutes perhaps, before the others hear of it. They come within
+# seconds, or minutes where many processes load their libraries from one slow disk.
+RUN_S = 1800.0
+MUSTER_S = 300.0
+_CLOSE_S = 5.0  # to reach a launcher that may be gone itself
+_LOOK_S = 0.1
+
+# What is in the store: how many have come, besides rank 0, and what they are to train.
+_HERE = "here"
+_RUN_FILE = "run_file"
+
+# Also the limit of a run file in the swarm.
+_MAX_RUN_FILE = 32 * 1024
 
 # Gradients are summed in pieces of 64 MiB: large enough for the links, small beside the model.
 _PIECE = 2**24
@@ -105,31 +122,113 @@ def _gone() -> Iterator[None]:
         raise BoxError(f"a process of this box is gone: {reason}") from error
 
 
-def trainer(config: TrainerConfig, data: TokenData | None = None) -> Trainer | None:
-    """The trainer of this peer, in however many processes.
+def processes() -> int:
+    """In how many processes this peer is, as torchrun says; 1 without it."""
+    # The environment is torchrun's way of telling; torch.distributed itself reads more of it.
+    return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+
+
+class Crew:
+    """The processes of this peer as rank 0, or one that is alone, begins and ends with them."""
+
+    def __init__(self) -> None:
+        self._store: Store | None = None
+        self._called = False
+        self._trainer: Trainer | None = None
+
+    def trainer(
+        self, config: TrainerConfig, run_file: str, should_stop: Callable[[], bool]
+    ) -> Trainer | None:
+        """The trainer of this peer, in however many processes.
+
+        Args:
+            config: what to train; `device` "auto", "cpu" or "cuda" unless this process is alone.
+            run_file: what the others are to make the same of; at most 32 KiB.
+            should_stop: asked while the others are awaited.
+
+        Returns:
+            A plain `Trainer` in a process that is alone, else a `Box`; None when told to stop.
+
+        Raises:
+            BoxError: the others do not come.
+            ModelError, DataError, ValueError: as `Trainer` does.
+        """
+        if processes() == 1:
+            self._trainer = Trainer(config)
+            return self._trainer
+        config = _own(config)
+        self._store = _meet(MUSTER_S)
+        if not self._mustered(self._store, should_stop):
+            return None
+        self._call(run_file)
+        self._trainer = Box(config, _connect(self._store, torch.device(config.device)))
+        return self._trainer
+
+    def close(self) -> None:
+        """Send the others home, wherever they wait.
+
+        Raises:
+            BoxError: one of them was gone before.
+        """
+        if self._trainer is not None:
+            self._trainer.close()
+        elif processes() > 1 and not self._called:
+            with contextlib.suppress(BoxError):  # then they have gone already, with the launcher
+                self._store = self._store or _meet(_CLOSE_S)
+                self._call("")
+
+    def _mustered(self, store: Store, should_stop: Callable[[], bool]) -> bool:
+        """Wait until all are here, with open ears: a connection in the making hears no signal."""
+        deadline = time.monotonic() + MUSTER_S
+        while not should_stop():
+            with _gone():
+                missing = processes() - 1 - store.add(_HERE, 0)
+            if not missing:
+                return True
+            if time.monotonic() > deadline:
+                raise BoxError(f"{missing} processes of this box have not come in {MUSTER_S:.0f} s")
+            time.sleep(_LOOK_S)
+        return False
+
+    def _call(self, run_file: str) -> None:
+        assert self._store is not None
+        self._called = True
+        with _gone():
+            self._store.set(_RUN_FILE, run_file)
+
+
+def follow(configured: Callable[[str], TrainerConfig]) -> None:
+    """Be one of the other processes: do as rank 0 says until it closes the box.
 
     Args:
-        config: the same in all of them; `device` "auto", "cpu" or "cuda".
-        data: the corpus, if the caller has loaded it before.
-
-    Returns:
-        A `Trainer` if this process is alone, a `Box` in rank 0; None in all others, once rank 0 has
-        closed it or is gone: there is nothing left to do for them.
+        configured: makes of the run file what rank 0 makes of it.
 
     Raises:
-        BoxError: the others cannot be reached, or went while this rank was training.
+        BoxError: rank 0 is gone, or has not found its run for too long.
         ModelError, DataError, ValueError: as `Trainer` does.
     """
-    # The environment is torchrun's way of telling; torch.distributed itself reads more of it.
-    ranks = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
-    if ranks == 1:
-        return Trainer(config, data)
-    config = replace(config, device=_device(config.device, int(os.environ["LOCAL_RANK"])))
-    links = _connect(torch.device(config.device))
-    if links.rank == 0:
-        return Box(config, links, data)
-    _follow(_Member(config, links, data), links)
-    return None
+    store = _meet(RUN_S)
+    with _gone():
+        store.add(_HERE, 1)
+        store.wait([_RUN_FILE])
+        run_file = store.get(_RUN_FILE)
+    if len(run_file) > _MAX_RUN_FILE:
+        raise BoxError(f"a run file of {len(run_file)} bytes came instead of rank 0's")
+    if run_file:
+        config = _own(configured(run_file.decode()))
+        links = _connect(store, torch.device(config.device))
+        _follow(_Member(config, links), links)
+
+
+def _meet(limit_s: float) -> Store:
+    with _gone():
+        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=limit_s)))
+    return PrefixStore("shoal", store)
+
+
+def _own(config: TrainerConfig) -> TrainerConfig:
+    """The configuration with this process's own device."""
+    return replace(config, device=_device(config.device, int(os.environ["LOCAL_RANK"])))
 
 
 def _device(name: str, local_rank: int) -> str:
@@ -137,20 +236,31 @@ def _device(name: str, local_rank: int) -> str:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cpu", "cuda"):
         raise ValueError(f"device {name!r} is for one process: use auto, cpu or cuda with torchrun")
-    return name if name == "cpu" else f"cuda:{local_rank}"
+    if name == "cpu":
+        return name
+    # Rank 0 refuses for all who share its machine.
+    wanted = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
+    if wanted > torch.cuda.device_count():
+        raise ValueError(
+            f"{wanted} processes need as many GPUs, and this machine has"
+            f" {torch.cuda.device_count()}: use a smaller --nproc-per-node or --device cpu"
+        )
+    return f"cuda:{local_rank}"
 
 
-def _connect(device: torch.device) -> _Links:
+def _connect(store: Store, device: torch.device) -> _Links:
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
     with _gone():
-        if not dist.is_initialized():
-            dist.init_process_group(
-                "nccl" if cuda else "gloo",
-                timeout=timedelta(seconds=EXCHANGE_S),
-                device_id=device if cuda else None,
-            )
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            timeout=timedelta(seconds=EXCHANGE_S),
+            store=store,
+            rank=int(os.environ["RANK"]),
+            world_size=processes(),
+            device_id=device if cuda else None,
+        )
         commands = dist.new_group(backend="gloo", timeout=timedelta(seconds=PATIENCE_S))
     sums = dist.group.WORLD
     assert sums is not None
@@ -160,10 +270,10 @@ def _connect(device: torch.device) -> _Links:
 class _Member(Trainer):
     """One process's part of the work; all of them call the same methods in the same order."""
 
-    def __init__(self, config: TrainerConfig, links: _Links, data: TokenData | None) -> None:
+    def __init__(self, config: TrainerConfig, links: _Links) -> None:
         self._rank, self._ranks = links.rank, links.ranks
         self._links = links
-        super().__init__(config, data)
+        super().__init__(config)
 
     def _sum(self, value: float) -> float:
         total = torch.tensor(value, dtype=torch.float64, device=self.device)
@@ -207,11 +317,10 @@ class Box(_Member):
     Args:
         config: `device` is this rank's own.
         links: to the other ranks.
-        data: the corpus, if it is loaded already.
     """
 
-    def __init__(self, config: TrainerConfig, links: _Links, data: TokenData | None = None) -> None:
-        super().__init__(config, links, data)
+    def __init__(self, config: TrainerConfig, links: _Links) -> None:
+        super().__init__(config, links)
         self._closed = threading.Event()
         # One announcement at a time, with all that belongs to it: the heart beats in a thread.
         self._turn = threading.Lock()
@@ -279,13 +388,20 @@ class Box(_Member):
             self.write(held_N)
 
     def close(self) -> None:
-        """Send the other ranks home; nothing can be asked of the box afterwards."""
+        """Send the other ranks home; nothing can be asked of the box afterwards.
+
+        Raises:
+            BoxError: one of them was gone before.
+        """
         if self._closed.is_set():
             return
-        with contextlib.suppress(BoxError), self._command(_Do.STOP):
+        try:
+            with self._command(_Do.STOP):
+                self._closed.set()
+        finally:
             self._closed.set()
-        self._heart.join()
-        dist.destroy_process_group()
+            self._heart.join()
+            dist.destroy_process_group()
 
     @contextlib.contextmanager
     def _command(self, do: _Do, a: int = 0, b: int = 0, c: int = 0) -> Iterator[None]:
@@ -304,17 +420,17 @@ class Box(_Member):
 
 
 def _follow(member: _Member, links: _Links) -> None:
-    """Do what rank 0 announces until it says stop, or says nothing any more."""
+    """Do what rank 0 announces until it says stop.
+
+    Raises:
+        BoxError: it says nothing any more.
+    """
     while True:
-        try:
-            do, a, b, c = links.hear()
-            if do is _Do.STOP:
-                dist.destroy_process_group()
-                return
-            _obey(member, links, do, a, b, c)
-        except BoxError as error:
-            logger.warning("box.rank_0_lost rank=%d reason=%s", links.rank, error)
+        do, a, b, c = links.hear()
+        if do is _Do.STOP:
+            dist.destroy_process_group()
             return
+        _obey(member, links, do, a, b, c)
 
 
 def _obey(member: _Member, links: _Links, do: _Do, a: int, b: int, c: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -60,28 +61,39 @@ def everything(peer: Trainer) -> dict[str, Any]:
     return results
 
 
+def configured(text: str) -> TrainerConfig:
+    """What a task is about; in place of a run file, so that rank 0 hands it to the others."""
+    task = json.loads(text)
+    return TrainerConfig(
+        model=ModelConfig(layers=2, width=32, heads=2, context=32),
+        data=DataConfig(path=task["corpus"]),
+        optimizer=OptimizerConfig(kind=task["kind"]),
+        device="cpu",
+        eval_blocks=7,
+        batch_size=task["batch_size"],
+        micro_batch=task["micro_batch"],
+    )
+
+
 def main() -> None:
     """Obey the task in the file that is named on the command line."""
-    task = json.loads(Path(sys.argv[1]).read_text())
+    text = Path(sys.argv[1]).read_text()
+    task = json.loads(text)
     torch.set_num_threads(1)
     box.BEAT_S = task.get("beat_s", box.BEAT_S)
     box.PATIENCE_S = task.get("patience_s", box.PATIENCE_S)
-    peer = box.trainer(
-        TrainerConfig(
-            model=ModelConfig(layers=2, width=32, heads=2, context=32),
-            data=DataConfig(path=task["corpus"]),
-            optimizer=OptimizerConfig(kind=task["kind"]),
-            device="cpu",
-            eval_blocks=7,
-            batch_size=task["batch_size"],
-            micro_batch=task["micro_batch"],
-        )
-    )
-    if peer is None:
+    if os.environ.get("RANK", "0") != "0":
+        box.follow(configured)
         return
+    crew = box.Crew()
+    if task["do"] == "nothing":
+        crew.close()
+        return
+    peer = crew.trainer(configured(text), text, lambda: False)
+    assert peer is not None
     if task["do"] == "everything":
         torch.save(everything(peer), task["out"])
-        peer.close()
+        crew.close()
         return
     peer.begin_round(0, 0, 1)
     peer.step()

@@ -124,8 +124,8 @@ def test_when_rank_0_dies_the_others_end(task, do):
         wait_for(out, [first, second])
         first.kill()
         _, said = second.communicate(timeout=60)
-        assert second.returncode == 0
-        assert "box.rank_0_lost rank=1" in said
+        assert second.returncode == 1
+        assert "BoxError: a process of this box is gone" in said
 
 
 @pytest.mark.slow
@@ -137,8 +137,8 @@ def test_rank_0_may_be_silent_for_long_but_not_hang(task):
         wait_for(out, [first, second])
         first.send_signal(signal.SIGSTOP)
         _, said = second.communicate(timeout=60)
-        assert second.returncode == 0
-        assert "box.rank_0_lost rank=1" in said
+        assert second.returncode == 1
+        assert "BoxError: a process of this box is gone" in said
 
 
 @pytest.mark.slow
@@ -153,15 +153,55 @@ def test_a_rank_that_dies_is_an_error_in_rank_0(task):
         assert "BoxError: a process of this box is gone" in said
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_rank_0_may_have_nothing_to_do(task):
+    file, _ = task(do="nothing")
+    run("-m", *LAUNCHER, "2", "--master-port", str(free_port()), str(WORKER), str(file))
+
+
 def test_a_process_of_its_own_is_a_plain_trainer(tiny):
-    alone = box.trainer(tiny)
+    crew = box.Crew()
+    alone = crew.trainer(tiny, "", lambda: False)
     assert type(alone) is Trainer
-    alone.close()
+    crew.close()
+    box.Crew().close()
+
+
+class Launcher(dict[str, str]):
+    """The launcher's store, as far as rank 0 uses it before there are connections."""
+
+    def add(self, key: str, amount: int) -> int:
+        assert amount == 0
+        return 0
+
+    def set(self, key: str, value: str) -> None:
+        self[key] = value
+
+
+def test_rank_0_waits_for_the_others_and_can_be_told_to_stop(tiny, monkeypatch):
+    launcher = Launcher()
+    for name, value in {"WORLD_SIZE": "3", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("model.box._meet", lambda limit_s: launcher)
+    monkeypatch.setattr("model.box.MUSTER_S", 0.0)
+    monkeypatch.setattr("model.box._LOOK_S", 0.0)
+    crew = box.Crew()
+    assert crew.trainer(tiny, "text", lambda: True) is None
+    with pytest.raises(box.BoxError, match=r"2 processes of this box have not come"):
+        crew.trainer(tiny, "text", lambda: False)
+    assert launcher == {}
+    crew.close()
+    assert launcher == {"run_file": ""}
 
 
 def test_torchrun_gives_each_process_its_device(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert box._device("auto", 1) == "cuda:1"
     assert box._device("cpu", 1) == "cpu"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match=r"4 processes need as many GPUs, and this machine has 2"):
+        box._device("auto", 0)
     with pytest.raises(ValueError, match=r"'cuda:0' is for one process"):
         box._device("cuda:0", 1)
