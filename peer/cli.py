@@ -337,16 +337,20 @@ def create(path: Path, link_file: Path | None, new: bool, **options: Any) -> int
     Example:
         shoal create run.toml
     """
-    # Before anything slow: a missing file or a slip in it should show at once.
-    text = runfile.read(path)
-    tables = runfile.parse(text, str(path))
-    if link_file is not None and not link_file.parent.is_dir():
-        raise ConfigError(
-            f"cannot write the link file {link_file}: there is no folder {link_file.parent}; make "
-            "it first, or choose another --link-file"
-        )
-    published = _published(path, text, tables, options["data"])
-    with _taking_part(options, published) as node_options:
+    if _rank():
+        return _follow(options, run_file=path)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_speaking_for_a_box())
+        # Before anything slow: a missing file or a slip in it should show at once.
+        text = runfile.read(path)
+        tables = runfile.parse(text, str(path))
+        if link_file is not None and not link_file.parent.is_dir():
+            raise ConfigError(
+                f"cannot write the link file {link_file}: there is no folder {link_file.parent}; "
+                "make it first, or choose another --link-file"
+            )
+        published = _published(path, text, tables, options["data"])
+        node_options = stack.enter_context(_taking_part(options, published))
         return _run_node(node_options, run_file=path, link_file=link_file, new=new)
 
 
@@ -366,19 +370,27 @@ def join(link: str | None, link_file: Path | None, **options: Any) -> int:
     Ctrl-C leaves politely: the others go on at once. If all peers of a run have stopped, whichever
     is started again with the same LINK goes on from its newest checkpoint.
 
+    With several GPUs, torchrun makes them one peer:
+
     \b
-    Example:
+    Examples:
         shoal join 'shoal://5f0c...?peer=/ip4/203.0.113.7/tcp/4001/p2p/12D3...'
+        torchrun --nproc-per-node 4 --no-python shoal join 'shoal://5f0c...'
     """
     if (link is None) == (link_file is None):
         problem = "missing LINK" if link is None else "both LINK and --link-file given"
         raise click.UsageError(problem, click.get_current_context())
-    parsed = Link.parse(link) if link is not None else None
-    shown = parsed
-    if link_file is not None:
-        with contextlib.suppress(ConfigError):  # it may appear later
-            shown = wait_for_link_file(link_file, 0.0, should_stop=lambda: False)
-    with _taking_part(options, run_id=shown.run_id if shown else "") as node_options:
+    if _rank():
+        return _follow(options)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_speaking_for_a_box())
+        parsed = Link.parse(link) if link is not None else None
+        shown = parsed
+        if link_file is not None:
+            with contextlib.suppress(ConfigError):  # it may appear later
+                shown = wait_for_link_file(link_file, 0.0, should_stop=lambda: False)
+        run_id = shown.run_id if shown else ""
+        node_options = stack.enter_context(_taking_part(options, run_id=run_id))
         if parsed is None:
             assert link_file is not None
             parsed = wait_for_link_file(link_file, LINK_FILE_S, should_stop=lambda: False)
@@ -404,6 +416,7 @@ def assist(link: str, **options: Any) -> int:
     Example:
         shoal assist 'shoal://5f0c...?peer=/ip4/203.0.113.7/tcp/4001/p2p/12D3...'
     """
+    _refuse_torchrun("assist")
     parsed = Link.parse(link)
     _check_way(options)
     with _claim(options["home"], None, parsed.run_id) as home:
@@ -473,6 +486,7 @@ def demo(**options: Any) -> int:
         shoal demo --rounds 6 --json
         shoal demo --peers 5 --minutes 5 --chaos
     """
+    _refuse_torchrun("demo")
     if options["rounds"] and options["minutes"]:
         raise click.UsageError("give --rounds or --minutes, not both", click.get_current_context())
     _check_data(options["data"])
@@ -642,6 +656,52 @@ def ping(target: str | None, link_file: Path | None, timeout_s: float) -> int:
 
 
 # -- what the commands share
+
+
+def _processes() -> int:
+    """How many of this command torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+
+
+def _rank() -> int:
+    """Which of them this one is; 0 is the one that speaks for all."""
+    return int(os.environ.get("RANK", "0")) if _processes() > 1 else 0
+
+
+def _refuse_torchrun(command: str) -> None:
+    if _rank():
+        raise click.exceptions.Exit(2)  # rank 0 says why
+    if _processes() > 1:
+        raise ConfigError(
+            f"{command} is not for torchrun: start 'shoal {command}' by itself; 'shoal create' and "
+            "'shoal join' make all its processes one peer"
+        )
+
+
+@contextlib.contextmanager
+def _speaking_for_a_box() -> Iterator[None]:
+    """Rank 0: whatever fails here, the others shall not wait for it."""
+    try:
+        yield
+    except BaseException:
+        if _processes() > 1:
+            from model.box import Crew
+
+            Crew().close()
+        raise
+
+
+def _follow(options: dict[str, Any], run_file: Path | None = None) -> int:
+    from peer.follower import follow
+
+    follow(
+        rank=_rank(),
+        run_file=run_file,
+        data=str(options["data"].resolve()) if options["data"] else "",
+        device=options["device"],
+        threads=options["threads"] or 0,
+    )
+    return 0
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
 from coordinator_free.codecs import codec
@@ -173,6 +174,35 @@ def published(text: str, config: RunConfig) -> str:
     every joiner gives the place of its own copy.
     """
     return runfile.published(text, config.trainer.data.path)
+
+
+def configured(
+    text: str, *, run_file: Path | None = None, data: str = "", device: str = ""
+) -> RunConfig:
+    """What this machine makes of a run file, its own or one from the swarm.
+
+    Args:
+        text: TOML.
+        run_file: where it lies; None for the swarm's.
+        data: where this machine has the run's data; empty: as the run file says.
+        device: what computes.
+
+    Raises:
+        ConfigError: as `load` does; or the swarm's run has data of its own, and `data` is empty.
+    """
+    if run_file is not None:
+        config = load(text, str(run_file))
+        # A relative path in a run file is relative to the run file, not to the working directory.
+        own = config.trainer.data.path
+        data = data or (str(run_file.parent / own) if own else "")
+    else:
+        config = load(text, "the run's file, as published,")
+        if config.trainer.data.path and not data:
+            raise ConfigError(
+                f"run {config.name!r} trains on its own text, {config.trainer.data.path!r}: "
+                "say where your copy of it is with --data PATH"
+            )
+    return localised(config, data=data, device=device)
 
 
 def localised(config: RunConfig, *, data: str, device: str) -> RunConfig:

@@ -101,13 +101,17 @@ class JoinedEvent:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChosenEvent:
-    """What was left to this peer, each as "value: why". `local_steps` is null in gradient mode."""
+    """What was left to this peer, each as "value: why".
+
+    `local_steps` is null in gradient mode, `processes` where there is one.
+    """
 
     event: ClassVar[str] = "chosen"
     peer: str
     precision: str
     micro_batch: str
     local_steps: str | None = None
+    processes: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -47,10 +47,12 @@ from dht.identity import Identity
 from dht.kademlia import KademliaDirectory
 from dht.link import Link
 from dht.records import SignedRun
+from model.box import BoxError, Crew, processes
+from model.builders import ModelError
 from model.data import DataError
 from model.trainer import StepReport, Trainer, TrainingDiverged
 from peer import runfile
-from peer.config import RunConfig, load, localised, optimizer, published
+from peer.config import RunConfig, configured, optimizer, published
 from peer.control import ControlServer
 from peer.events import ChosenEvent, DoneEvent, Event, JoinedEvent, LeftEvent, LinkEvent, RoundEvent
 from peer.homes import DaemonFile, Home
@@ -71,7 +73,6 @@ REJOIN_S = 10.0  # how long a restarted creator looks for those who went on with
 POLITE_S = 8.0  # longest polite leave, the same: `docker stop` kills after 10 s
 MAX_WORKERS = 8  # threads that encode, add up and hash: more than the fastest link needs
 WAIT_S = 0.1  # between two looks whether the last checkpoint is still being written
-_JOINED_SOURCE = "the run's file, as published,"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,6 +158,7 @@ class Node:
             on_port=self._memory.keep_port,
         )
         self._supervision = supervision
+        self._crew = Crew()
         self._session: SwarmSession | None = None
         self._stopped = False
         self._resumed = False  # the run was created by this peer at an earlier start
@@ -241,6 +243,9 @@ class Node:
                 self._supervision.attach(self)
             try:
                 self._take_part()
+            except (BoxError, ModelError) as error:  # the memory of a GPU, too
+                kind = SwarmError if self._session is not None else ConfigError
+                raise kind(str(error)) from error
             finally:
                 left = self._stopped
                 self._close()
@@ -321,13 +326,13 @@ class Node:
         path = self._config.run_file
         assert path is not None
         text = runfile.read(path)
-        config = load(text, str(path))
-        data = self._config.data or _beside(path, config.trainer.data.path)
-        config = localised(config, data=data, device=self._config.device)
+        config = configured(text, run_file=path, data=self._config.data, device=self._config.device)
         if self._config.link_file is not None:
             remove_link_file(self._config.link_file)  # nobody shall join what an old one names
         # The trainer first: a run whose data or model is not there should not be published.
-        trainer = _trainer(config)
+        trainer = self._trainer(config, text)
+        if trainer is None:
+            return None
         public = published(text, config).encode()
         run = self._memory.run()
         self._resumed = run is not None and self._is_ours(run, public)
@@ -353,16 +358,17 @@ class Node:
         run = self._network.found()
         if run is None:
             return None
-        config = load(run.run_file.decode(), _JOINED_SOURCE)
-        wanted = config.trainer.data.path
-        if wanted and not self._config.data:
-            raise ConfigError(
-                f"run {config.name!r} trains on its own text, {wanted!r}: "
-                "say where your copy of it is with --data PATH"
-            )
-        config = localised(config, data=self._config.data, device=self._config.device)
+        text = run.run_file.decode()
+        config = configured(text, data=self._config.data, device=self._config.device)
         self._update(name=config.name)
-        return config, _trainer(config), run
+        trainer = self._trainer(config, text)
+        return (config, trainer, run) if trainer is not None else None
+
+    def _trainer(self, config: RunConfig, run_file: str) -> Trainer | None:
+        try:
+            return self._crew.trainer(config.trainer, run_file, lambda: self._stopped)
+        except (ValueError, BoxError) as error:  # of model, data, a device that is not there
+            raise ConfigError(str(error)) from error
 
     def _train(self, config: RunConfig, trainer: Trainer, session: SwarmSession) -> None:
         loop = LocalLoop(session, trainer, config.round, config.local)
@@ -426,6 +432,7 @@ class Node:
         self._update(phase="evaluate")
         trainer.write(session.state.theta_N)
         val_loss = trainer.evaluate()  # while the network sees to those who are not done yet
+        self._crew.close()
         self._update(phase="done", val_loss=val_loss)
         ended = self._wait(self._network.join, FINISH_S)
         if not ended and not self._stopped:
@@ -445,10 +452,13 @@ class Node:
         )
 
     def _close(self) -> None:
-        """End the network thread, politely if it still can."""
+        """End the network thread, politely if it still can, and the other processes."""
         self.stop()
-        self._wait(self._network.join, 2 * POLITE_S)  # the watchdog comes first
-        os.write(self._leash, b".")
+        try:
+            self._crew.close()
+        finally:
+            self._wait(self._network.join, 2 * POLITE_S)  # the watchdog comes first
+            os.write(self._leash, b".")
 
     # -- callbacks from the network thread
 
@@ -608,12 +618,7 @@ def _workers(device: torch.device, threads: int) -> int:
     """Threads for the network: the cores that training leaves, and one where it takes them all."""
     cores = os.cpu_count() or 1
     training = threads or cores if device.type == "cpu" else 1
-    return max(1, min(MAX_WORKERS, cores - training))
-
-
-def _beside(run_file: Path, data: str) -> str:
-    """A relative path in a run file is relative to the run file, not to the working directory."""
-    return str(run_file.parent / data) if data else ""
+    return max(1, min(MAX_WORKERS, cores - training * processes()))
 
 
 def _check_deadline(config: RunConfig, trainer: Trainer) -> None:
@@ -637,10 +642,3 @@ def _check_deadline(config: RunConfig, trainer: Trainer) -> None:
             f"[round] work_s = {work_s:g} is shorter than one step, which takes {step_s:.2g} s on "
             "this machine: a run for it needs a longer work_s or a smaller batch_size"
         )
-
-
-def _trainer(config: RunConfig) -> Trainer:
-    try:
-        return Trainer(config.trainer)
-    except ValueError as error:  # ModelError, DataError, a device that is not there
-        raise ConfigError(str(error)) from error

@@ -150,6 +150,8 @@ def choices(event: ChosenEvent) -> str:
     lines = [f"precision {event.precision}", f"micro-batch {event.micro_batch}"]
     if event.local_steps is not None:
         lines.append(f"steps between two averagings {event.local_steps}")
+    if event.processes is not None:
+        lines.append(f"processes {event.processes}")
     return "\n".join(f"chosen: {line}" for line in lines)
 
 
