@@ -25,6 +25,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -118,7 +119,9 @@ def _gone() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # all that torch.distributed raises when a connection ends
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        # Without the place in gloo's source before it, and the advice after it.
+        reason = re.sub(r"^\[[^]]*\] *", "", line).split(". ")[0]
         raise BoxError(f"a process of this box is gone: {reason}") from error
 
 

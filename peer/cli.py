@@ -673,8 +673,8 @@ def _refuse_torchrun(command: str) -> None:
         raise click.exceptions.Exit(2)  # rank 0 says why
     if _processes() > 1:
         raise ConfigError(
-            f"{command} is not for torchrun: start 'shoal {command}' by itself; 'shoal create' and "
-            "'shoal join' make all its processes one peer"
+            f"not for torchrun: start 'shoal {command}' by itself; only 'shoal create' and "
+            "'shoal join' make one peer of its processes"
         )
 
 

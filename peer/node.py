@@ -248,9 +248,11 @@ class Node:
                 raise kind(str(error)) from error
             finally:
                 left = self._stopped
-                self._close()
+                lost = self._close()
             if self._network.failure is not None:
                 raise self._network.failure
+            if lost is not None:
+                raise SwarmError(str(lost)) from lost
             if left:
                 self._output.event(LeftEvent(peer=self._identity.peer_id, rounds=self._rounds_done))
         return 0
@@ -451,14 +453,21 @@ class Node:
             )
         )
 
-    def _close(self) -> None:
-        """End the network thread, politely if it still can, and the other processes."""
+    def _close(self) -> BoxError | None:
+        """End the other processes, and the network thread, politely if it still can.
+
+        Returns:
+            That one of the processes was gone already.
+        """
         self.stop()
+        lost = None
         try:
             self._crew.close()
-        finally:
-            self._wait(self._network.join, 2 * POLITE_S)  # the watchdog comes first
-            os.write(self._leash, b".")
+        except BoxError as error:
+            lost = error
+        self._wait(self._network.join, 2 * POLITE_S)  # the watchdog comes first
+        os.write(self._leash, b".")
+        return lost
 
     # -- callbacks from the network thread
 
