@@ -27,8 +27,8 @@ CHUNKS_EACH_SLOW = 64
 # A shorter exchange is over before links are measured well, and what limits it is rather how busy
 # the machines are: then all get the same, in chunks that cost little besides their bytes.
 FINE_S = 0.5
-# Bytes per second. Links that are faster than this are planned for as if equal; where all are, it is
-# rather the machines that take the time, and what a chunk costs them besides its bytes counts.
+# Bytes per second. Links that are faster than this are planned for as if equal; where all are, it
+# is the machines that take the time, and what a chunk costs them besides its bytes counts.
 FAST_BPS = 60e6
 ALIKE = 1.5  # links that differ from the usual by less than this factor are measured no better
 SMALLEST_CHUNK = 1 << 14  # bytes; what a message costs beside them is half a percent of it
