@@ -465,8 +465,9 @@ class Node:
             self._crew.close()
         except BoxError as error:
             lost = error
-        self._wait(self._network.join, 2 * POLITE_S)  # the watchdog comes first
-        os.write(self._leash, b".")
+        finally:
+            self._wait(self._network.join, 2 * POLITE_S)  # the watchdog comes first
+            os.write(self._leash, b".")
         return lost
 
     # -- callbacks from the network thread

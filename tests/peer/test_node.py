@@ -20,6 +20,8 @@ from dht.errors import ConfigError, SwarmError, Unreachable
 from dht.identity import Identity
 from dht.link import Link
 from dht.records import SignedRun
+from model.box import BoxError
+from model.builders import ModelError
 from model.trainer import TrainingDiverged
 from peer import output as outputs
 from peer.control import ask_status, ask_stop
@@ -391,6 +393,73 @@ def test_divergence_leaves_politely_and_says_what_may_help(
     with pytest.raises(SwarmError, match="lower learning rate"):
         make(run_file=run_file).run()
     assert swarm.sessions[0].politely
+
+
+@pytest.mark.parametrize("error", [BoxError("a process is gone"), ModelError("too small")])
+def test_what_fails_on_the_way_is_one_line_and_left_politely(
+    make: Callable[..., Node],
+    swarm: Any,
+    run_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    def fail(self: object) -> None:
+        raise error
+
+    monkeypatch.setattr("model.trainer.Trainer.step", fail)
+    with pytest.raises(SwarmError, match=str(error)) as caught:
+        make(run_file=run_file).run()
+    assert not isinstance(caught.value, ConfigError)
+    assert swarm.sessions[0].politely
+
+
+@pytest.mark.parametrize("error", [BoxError("nobody came"), ModelError("too large")])
+def test_what_fails_before_anything_is_published_is_a_mistake(
+    make: Callable[..., Node],
+    swarm: Any,
+    run_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr("peer.node.Crew.trainer", fail)
+    with pytest.raises(ConfigError, match=str(error)):
+        make(run_file=run_file).run()
+    assert swarm.network.runs == {}
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_however_a_daemon_ends_its_other_processes_are_sent_home(
+    make: Callable[..., Node],
+    recorder: Recorder,
+    run_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stopped: bool,
+) -> None:
+    closed: list[object] = []
+    monkeypatch.setattr("model.trainer.Trainer.close", lambda trainer: closed.append(trainer))
+    node = make(run_file=run_file)
+    recorder.react = lambda kind: node.stop() if stopped and kind == "joined" else None
+    assert node.run() == 0
+    assert closed
+
+
+def test_a_process_that_was_gone_at_the_end_is_said(
+    make: Callable[..., Node],
+    recorder: Recorder,
+    run_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(self: object) -> None:
+        raise BoxError("a process is gone")
+
+    monkeypatch.setattr("model.trainer.Trainer.close", fail)
+    node = make(run_file=run_file)
+    recorder.react = lambda kind: node.stop() if kind == "joined" else None
+    with pytest.raises(SwarmError, match="a process is gone"):
+        node.run()
 
 
 def test_finish_after_ends_the_run_there(
