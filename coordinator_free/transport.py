@@ -282,7 +282,14 @@ class Server:
             self._calls[sender] -= 1
             if not self._calls[sender]:
                 del self._calls[sender]
-        await context.abort(code, reason)
+        try:
+            await context.abort(code, reason)
+        except grpc.aio.AbortError:
+            raise
+        except grpc.aio.BaseError as exc:
+            # The caller broke off in the middle of a write: there is nobody to tell. Left to gRPC,
+            # that would be a traceback in the log.
+            raise asyncio.CancelledError from exc
         raise AssertionError("abort always raises")
 
     async def _deliver(self, sender: str, message: bytes) -> bytes:

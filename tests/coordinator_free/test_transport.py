@@ -848,3 +848,21 @@ async def test_a_stopped_partner_costs_a_deadline_and_no_more(child: Child, clie
         finally:
             child.send(signal.SIGCONT)
     assert await client.deliver(child.contact, b"back", PLENTY_S) == b"back"
+
+
+@pytest.mark.parametrize("ended", [True, False])
+async def test_a_call_whose_caller_has_gone_ends_without_a_word(ended: bool) -> None:
+    """gRPC refuses to abort what has ended, and would log that with a traceback."""
+
+    class Gone:
+        async def abort(self, code: object, reason: str) -> None:
+            raise grpc.aio.BaseError("too many operations") if ended else grpc.aio.AbortError()
+
+    async def work() -> bytes:
+        raise grpc.aio.BaseError("a write that failed")
+
+    server = Server(
+        Identity.generate(), RUN, Echo(), "127.0.0.1", 0, ServerCertificate.generate()
+    )
+    with pytest.raises(asyncio.CancelledError if ended else grpc.aio.AbortError):
+        await server._supervise("Fetch", "peer", Gone(), work)  # type: ignore[arg-type]
