@@ -51,7 +51,7 @@ GOLDEN_DIGESTS = {
     "bf16": "35257c4de5989ee3",
     "int8": "1ac964c223c4fefb",
     "int4": "5f11a789bd4ee035",
-    "int2": "201ca68db7a1386d",
+    "int2": "78e658a14d0525d1",
     "int1": "c14336ee143bba2c",
     "top64": "11c37b299565fce2",
     "top128": "54b3f76120ca6135",
@@ -101,11 +101,11 @@ def per_block(summary: Callable[[np.ndarray], float], values: np.ndarray) -> np.
     return np.concatenate([np.full(len(b), summary(b)) for b in blocks] or [np.zeros(0)])
 
 
-def sent_scales(payload: memoryview, n: int) -> np.ndarray:
+def sent_scales(payload: memoryview, n: int, block: int = BLOCK) -> np.ndarray:
     """The scale of each element, in float64."""
-    blocks = -(-n // BLOCK)
+    blocks = -(-n // block)
     bits = np.frombuffer(payload, np.uint16, blocks).astype(np.uint32) << 16
-    return np.repeat(bits.view(np.float32).astype(np.float64), BLOCK)[:n]
+    return np.repeat(bits.view(np.float32).astype(np.float64), block)[:n]
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16", "int8", "int4"])
@@ -141,11 +141,11 @@ def test_the_nearest_level_is_taken_of_a_scale_that_follows_the_blocks_mean(
         assert (np.abs(decoded - values) <= np.maximum(scale / 2, magnitude - 1.5 * scale)).all()
     else:
         assert (np.abs(decoded - values) == np.abs(scale - magnitude)).all()
-    factor, top = (1.25, 1.5) if name == "int2" else (1.0, 1.0)
+    factor, top = (1.5, 1.5) if name == "int2" else (1.0, 1.0)
     mean = per_block(np.mean, magnitude)
     ideal = np.minimum(factor * mean, MAX_MAGNITUDE / top)
     # bfloat16's rounding, and nine of float32; then what was too small to count.
-    assert (np.abs(scale - ideal) <= ideal * (2.0**-8 + 2.0**-20) + 1.25 * 2.0**-110).all()
+    assert (np.abs(scale - ideal) <= ideal * (2.0**-8 + 2.0**-20) + 1.5 * 2.0**-110).all()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -323,8 +323,8 @@ def test_golden_bytes() -> None:
         "int8": "623c48dc120081",
         # 1.75 / 7 = 0.25 = 0x3e80; 4 -2 1 0 -7, of which 4 and 0, -2 and -7 share a byte
         "int4": "803e8c1609",
-        # 1.25 * mean = 0.87575 rounds to 0.875 = 0x3f60; 3 1 2 2 0: 3, 2, 0 and 1, 2
-        "int2": "603f0b09",
+        # 1.5 * mean = 1.0509 rounds to 1.0546875 = 0x3f87; 2 1 2 2 0: 2, 2, 0 and 1, 2
+        "int2": "873f0a09",
         # mean = 0.7006 rounds to 0.69921875 = 0x3f33; signs 1 0 1 1 0
         "int1": "333f0d",
         # One of five, the last: 4 in six bits, in the first bucket, -1 times 1.75 = 0x3fe0
@@ -336,7 +336,7 @@ def test_golden_bytes() -> None:
     decoded = codec("int4").decode(bytes.fromhex(golden["int4"]), 5)
     assert decoded.tolist() == [1.0, -0.5, 0.25, 0.0, -1.75]
     decoded = codec("int2").decode(bytes.fromhex(golden["int2"]), 5)
-    assert decoded.tolist() == [1.3125, -0.4375, 0.4375, 0.4375, -1.3125]
+    assert decoded.tolist() == [0.52734375, -0.52734375, 0.52734375, 0.52734375, -1.58203125]
     decoded = codec("int1").decode(bytes.fromhex(golden["int1"]), 5)
     assert decoded.tolist() == [0.69921875, -0.69921875, 0.69921875, 0.69921875, -0.69921875]
 
@@ -372,7 +372,7 @@ def scale_of(name: str, block: np.ndarray) -> np.float32:
         shares[: len(block)] = np.abs(block) * np.float32(1 / BLOCK)
         while len(shares) > 1:
             shares = shares[: len(shares) // 2] + shares[len(shares) // 2 :]
-        factor = np.float32(1.25 if name == "int2" else 1)
+        factor = np.float32(1.5 if name == "int2" else 1)
         exact = shares * factor / np.float32(len(block) / BLOCK)
         bits = exact.view(np.uint32)[0]
         bits += np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))
@@ -405,16 +405,23 @@ def test_ties_go_to_even_and_int2s_upwards() -> None:
     ties = torch.tensor([7.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, -7.0])  # the scale is 1
     decoded = codec("int4").decode(codec("int4").encode(ties), len(ties))
     assert decoded.tolist() == [7, 0, 2, 2, 0, -2, -2, -7]
-    ties = torch.tensor([1.0, -1.0, 0.0, -0.0, 1.0, -1.0, 1.2, -1.2])  # mean 0.8, the scale is 1
+    ties = torch.tensor([1.0, -1.0, 0.0, -0.0, 1.0, -1.0, 0.667, -0.667])  # the scale is 1
     decoded = codec("int2").decode(codec("int2").encode(ties), len(ties))
-    assert decoded.tolist() == [1.5, -0.5, 0.5, 0.5, 1.5, -0.5, 1.5, -1.5]
+    assert decoded.tolist() == [1.5, -0.5, 0.5, 0.5, 1.5, -0.5, 0.5, -0.5]
 
 
-def test_int2_is_near_the_best_four_levels_for_a_gaussian() -> None:
+def test_int2_gives_up_an_eighth_of_the_best_for_what_feedback_brings() -> None:
     values = torch.randn(1000 * BLOCK, generator=torch.manual_seed(6))
     decoded = codec("int2").decode(codec("int2").encode(values), len(values))
     # Max 1960: 0.1188 is the least that four evenly spaced levels can leave of the variance.
-    assert ((decoded - values) ** 2).mean().item() < 0.1188 * 1.01
+    assert ((decoded - values) ** 2).mean().item() < 0.1188 * 1.13
+    same = 0.8 * values  # four fifths of what comes are the same in every round
+    draws = torch.Generator().manual_seed(7)
+    residual = torch.zeros_like(values)
+    for _ in range(15):
+        now = same + 0.6 * torch.randn(len(values), generator=draws) + residual
+        residual = now - codec("int2").decode(codec("int2").encode(now), len(values))
+    assert residual.square().mean().sqrt().item() < 0.8  # with the best for one round, 1.05
 
 
 def test_slices_cut_at_blocks_encode_as_the_whole_does(any_codec: Codec) -> None:
@@ -627,7 +634,7 @@ def test_what_is_sent_stays_within_the_documented_bound(name: str, values: np.nd
         return
     count = -(-n // ONE_IN[name])
     assert sent.sum() == count
-    scale = sent_scales(payload, n)[0]
+    scale = sent_scales(payload, n, PAGE)[0]
     nearest = np.minimum(np.abs(magnitude - scale), np.abs(magnitude - 1.5 * scale))
     assert (np.abs(decoded - values) == np.where(sent, nearest, magnitude)).all()
     ideal = min(np.sort(magnitude)[-count:].mean(), MAX_MAGNITUDE / 1.5)
