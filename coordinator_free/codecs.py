@@ -22,11 +22,12 @@ step, and the scale's rounding).
 
 int2: one of the levels -1.5, -0.5, 0.5, 1.5 (0 to 3 in the bits) times the scale, the nearest one;
 halfway, the upper one. The scale is 1.5 x the mean |x| of the block: with feedback better than the
-1.25 that is best for a Gaussian alone, and unlike max|x| not at the mercy of one outlier. In bits: with a_i = |x_i| / 256, or 0 where
-|x_i| <= 2^-110 (`MEAN_FLOOR`) and beyond L, the sum of a_0 .. a_255 is taken by halves (a_i +
-a_(i+128) for i < 128, then those i + 64 apart, and so on to one); times 1.5; over L / 256; rounded
-half to even to bfloat16; at most 0x7EAA. The error of an element is at most
-max(scale / 2, |x| - 1.5 * scale), whatever the scale. Error feedback makes up for what is cut off.
+1.25 that is best for a Gaussian alone, and unlike max|x| not at the mercy of one outlier. In bits:
+with a_i = |x_i| / 256, or 0 where |x_i| <= 2^-110 (`MEAN_FLOOR`) and beyond L, the sum of a_0 ..
+a_255 is taken by halves (a_i + a_(i+128) for i < 128, then those i + 64 apart, and so on to one);
+times 1.5; over L / 256; rounded half to even to bfloat16; at most 0x7EAA. The error of an element
+is at most max(scale / 2, |x| - 1.5 * scale), whatever the scale. Error feedback makes up for what
+is cut off.
 
 int1: -1 or 1 (0 or 1 in the bit) times the scale, 1 for +0 and -0. The scale is the mean |x| of the
 block, by the same sum, without the factor of 1.5, and at most 0x7F00. The error of an element is
