@@ -391,7 +391,11 @@ def test_frozen_peers_do_not_outlive_a_demo(shoal: Shoal, ending: signal.Signals
         *("demo", "--chaos", "--peers", "3", "--rounds", "1000", "--local-steps", "2"),
         *("--seed", "1", "--json"),
     )
-    until(events(demo.stdout), lambda event: event["event"] == "round")
+    of_demo = events(demo.stdout)
+    until(of_demo, lambda event: event["event"] == "round")
+    # A demo that nobody reads stands still when the pipe is full.
+    reading = threading.Thread(target=lambda: [None for _ in of_demo], daemon=True)
+    reading.start()
     frozen = 0
     deadline = time.monotonic() + 60
     while not frozen and time.monotonic() < deadline:
@@ -399,7 +403,8 @@ def test_frozen_peers_do_not_outlive_a_demo(shoal: Shoal, ending: signal.Signals
         time.sleep(0.02)
     assert frozen
     demo.send_signal(ending)
-    demo.communicate(timeout=30)
+    demo.wait(30)
+    reading.join(30)
     shoal.gone_within(10)
 
 
