@@ -305,11 +305,12 @@ class CatchUp:
         """Those of them that offer to serve states; all, if nobody does.
 
         Args:
-            first: comes first. Who showed a head just now is there and has its state; while a dead
+            first: comes first, willing or not: where everybody who leads was restarted, nobody else
+                may have its state. Who showed a head just now is there and has that; while a dead
                 one is waited for, a short round ends and nobody has that state any more.
         """
         records = self._dialable(await self._records())
-        willing = [record for record in records if record.can_reduce]
+        willing = [record for record in records if record.can_reduce or record.peer_id == first]
         contacts = [contact_of(record) for record in willing or records]
         return sorted(contacts, key=lambda contact: contact.peer_id != first)
 

@@ -155,6 +155,8 @@ class LocalLoop:
         """Wait for the state and the first round's work; None if there will be none."""
         work = self._swarm.next_assignment()
         if work is not None:
+            # A small model has fewer fragments than the run asks for.
+            self._pace = Pace(self._local, len(work.state.shape.bounds))
             self._restart(work)
         return work
 

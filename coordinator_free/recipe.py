@@ -1,9 +1,9 @@
-"""The recipe that a run has unless it says otherwise, and what cannot be combined.
+"""The recipe that a run has unless it says otherwise, and what no run may have.
 
-2 bits with error feedback, six fragments, each averaged behind the training of five steps: of what
-was measured (benchmarks/README.md, convergence) it learns most for its bytes, and waits for nobody
-on links of 20 Mbit/s and more. `RoundConfig` and `LocalConfig` by themselves average all at once,
-and wait for it.
+2 bits with error feedback, six fragments, each averaged behind the training of up to five steps. In
+300 steps of four peers it learnt more than synchronous AdamW from a 400th of the bytes, and waited
+for nothing at 20 Mbit/s (benchmarks/README.md, convergence). `RoundConfig` and `LocalConfig` by
+themselves average all at once, and wait for it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,26 @@ from dht.errors import ConfigError
 ROUND: Final = RoundConfig(codec="int2", fragments=6)
 LOCAL: Final = LocalConfig(local_steps=0, delay_steps=5)
 
+BOUNDS: Final[dict[str, tuple[float, float]]] = {
+    "fragments": (1, 4096),
+    "target_batch": (0, 2**40),
+    "weight_cap": (0, 1e9),
+    "start_peers": (1, 10_000),
+    "rounds": (0, 1e9),
+    "quorum": (0.01, 1),
+    "grace_s": (0, 3600),
+    "close_s": (0, 3600),
+    "exchange_s": (1, 86_400),
+    "suspect_s": (0.5, 3600),
+    "provisional_s": (1, 86_400),
+    "local_steps": (0, 100_000),
+    "communication": (0.001, 0.9),
+    "work_s": (0, 86_400),
+    "delay_steps": (0, 100_000),
+    "mixing": (0, 1),
+}
+"""What the numbers of both must keep to; a creator is a stranger to those who join."""
+
 
 def feeds_back(local: LocalConfig, codec_name: str) -> bool:
     """Whether residuals are kept, on both sides."""
@@ -25,20 +45,20 @@ def feeds_back(local: LocalConfig, codec_name: str) -> bool:
 
 
 def check(round: RoundConfig, local: LocalConfig) -> None:
-    """Refuse what cannot work together.
+    """Refuse numbers out of bounds, and what cannot work together.
 
     Raises:
         ConfigError: one line, what is wrong and how to mend it.
     """
+    for name, (low, high) in BOUNDS.items():
+        value = getattr(round if hasattr(round, name) else local, name)
+        if not low <= value <= high:  # refuses NaN too
+            raise ConfigError(f"{name} = {value}: use {low:g} to {high:g}")
     if codec(round.codec).needs_feedback and local.feedback == "off":
         raise ConfigError(
             f'codec = "{round.codec}" needs what it cuts off fed back: leave feedback = "auto", or '
             'use "int4"'
         )
-    if not 0 <= local.mixing <= 1:
-        raise ConfigError(f"mixing = {local.mixing}: use 0 to 1")
-    if not 0 < local.communication < 1:
-        raise ConfigError(f"communication = {local.communication}: use a share, such as 0.05")
     if round.mode == "gradient":
         if round.target_batch < 1:
             raise ConfigError(
@@ -47,16 +67,8 @@ def check(round: RoundConfig, local: LocalConfig) -> None:
         return
     if round.target_batch:
         raise ConfigError('target_batch is for mode = "gradient": leave it out')
-    if not local.local_steps:
-        return
-    if local.local_steps < round.fragments:
+    if 0 < local.local_steps < round.fragments:
         raise ConfigError(
             f"local_steps = {local.local_steps} is less than fragments = {round.fragments}: every "
-            "fragment's round needs a step"
-        )
-    shortest = local.local_steps // round.fragments
-    if local.delay_steps > shortest:
-        raise ConfigError(
-            f"delay_steps = {local.delay_steps} is more than the {shortest} steps of a round "
-            f"(local_steps / fragments): use {shortest} at most"
+            f"fragment's round needs a step; set fragments = {local.local_steps} or less"
         )

@@ -99,7 +99,7 @@ class Recipe:
         """
         try:
             tables = json.loads(raw)
-        except ValueError:
+        except (ValueError, RecursionError):
             tables = None
         if not isinstance(tables, dict) or tables.pop(_MARK, None) != 1:
             raise ConfigError(

@@ -24,7 +24,7 @@ from coordinator_free.gradient import GradientConfig, GradientOptimizer, TensorS
 from coordinator_free.optimizer import StateOptimizer
 from coordinator_free.outer import OuterConfig, OuterOptimizer
 from coordinator_free.pace import LocalConfig
-from coordinator_free.recipe import LOCAL, ROUND, check
+from coordinator_free.recipe import BOUNDS, LOCAL, ROUND, check
 from dht.errors import ConfigError
 from model.builders import ModelConfig
 from model.data import DataConfig
@@ -63,22 +63,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "optimizer.weight_decay": (0, 100),
     "training.batch_size": (1, 2**20),
     "training.eval_blocks": (1, 2**20),
-    "round.fragments": (1, 4096),
-    "round.target_batch": (0, 2**40),
-    "round.weight_cap": (0, 1e9),
-    "round.local_steps": (0, 100_000),
-    "round.work_s": (0, 86_400),
-    "round.delay_steps": (0, 100_000),
-    "round.communication": (0.001, 0.9),
-    "round.mixing": (0, 1),
-    "round.start_peers": (1, 10_000),
-    "round.rounds": (0, 1e9),
-    "round.quorum": (0.01, 1),
-    "round.grace_s": (0, 3600),
-    "round.close_s": (0, 3600),
-    "round.provisional_s": (1, 86_400),
-    "round.exchange_s": (1, 86_400),
-    "round.suspect_s": (0.5, 3600),
+    **{f"round.{name}": bounds for name, bounds in BOUNDS.items()},
     "outer.lr": (0, 10),
     "outer.momentum": (0, 0.999),
 }

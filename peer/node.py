@@ -522,7 +522,7 @@ class _Rounds:
     ) -> None:
         self._node = node
         self._gradient = config.round.mode == "gradient"
-        self._fragments = config.round.parts
+        self._fragments = len(work.state.shape.bounds)
         self._trainer = trainer
         self._loop = loop
         self._work = work

@@ -95,6 +95,8 @@ def parse(text: str, source: str) -> Tables:
     """
     try:
         return tomllib.loads(text)
+    except RecursionError as error:
+        raise ConfigError(f"{source} is nested too deeply: is it a run file?") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(
             f"{source} is not valid TOML: {str(error)[:200]}; text needs quotes, as in "

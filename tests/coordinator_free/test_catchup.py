@@ -64,6 +64,7 @@ class Others:
         self.looks: list[list[PeerRecord]] = []
         self.liars: set[str] = set()
         self.dawdlers: set[str] = set()
+        self.unwilling: set[str] = set()  # to reduce, lead or serve
         self.proofs: list[str] = []  # whose chains were asked for
         self.look_ups = 0
         self.downloads = 0
@@ -75,7 +76,10 @@ class Others:
 
     async def peers(self, run_id: str) -> list[PeerRecord]:
         self.look_ups += 1
-        return [record(name) for name in ("me", *self.replicas)]
+        return [
+            dataclasses.replace(record(name), can_reduce=name not in self.unwilling)
+            for name in ("me", *self.replicas)
+        ]
 
     async def watch(self, run_id: str, interval_s: float) -> AsyncIterator[list[PeerRecord]]:
         for records in self.looks:
@@ -107,9 +111,10 @@ class Others:
     def follows(self, before: Certificate, after: Certificate) -> bool:
         return after.outcome.previous == wire.head_digest(before.outcome)
 
-    async def state(self, root: bytes, donors: Callable[[], Sequence[Contact]]) -> State:
+    async def state(self, root: bytes, donors: Callable[[], Awaitable[Sequence[Contact]]]) -> State:
         self.downloads += 1
-        states = {held.state.root: held.state for held in self.replicas.values()}
+        asked = {contact.peer_id for contact in await donors()}
+        states = {h.state.root: h.state for name, h in self.replicas.items() if name in asked}
         if root not in states:
             raise StateError("nobody is left")
         await self.during_download()
@@ -210,6 +215,15 @@ async def test_a_newcomer_takes_the_furthest_head_that_is_proven() -> None:
     state, chain = found
     assert state.root == others.replicas["ahead"].state.root
     assert chain == others.replicas["ahead"].chain
+
+
+async def test_who_shows_a_head_is_asked_for_its_state_though_it_offers_none() -> None:
+    """Everybody who leads was restarted, and only a client has what was decided last."""
+    others = Others(restarted=at(1), client=at(3))
+    others.unwilling = {"client"}
+    found = await catch_up(Me(None, others), others).find(5.0)
+    assert found is not None
+    assert found[0].root == others.replicas["client"].state.root
 
 
 async def test_chains_that_never_come_hold_up_no_newcomer() -> None:

@@ -3,6 +3,7 @@ plain numbers."""
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -734,16 +735,12 @@ IMPOSSIBLE = {
         LocalConfig(local_steps=5),
         "local_steps = 5 is less than fragments = 6",
     ),
-    "a delay longer than a round": (
-        RoundConfig(fragments=6),
-        LocalConfig(local_steps=30, delay_steps=6),
-        "delay_steps = 6 is more than the 5 steps of a round",
-    ),
-    "a delay longer than the shortest round": (
-        RoundConfig(fragments=2),
-        LocalConfig(local_steps=5, delay_steps=3),
-        "use 2 at most",
-    ),
+    "no fragments": (RoundConfig(fragments=0), LocalConfig(), "fragments = 0: use 1 to"),
+    "no quorum": (RoundConfig(quorum=math.nan), LocalConfig(), "quorum = nan: use"),
+    "no time": (RoundConfig(exchange_s=0.0), LocalConfig(), "exchange_s = 0.0: use 1 to"),
+    "steps back": (RoundConfig(), LocalConfig(local_steps=-1), "local_steps = -1: use 0 to"),
+    "a delay before it": (RoundConfig(), LocalConfig(delay_steps=-1), "delay_steps = -1: use 0"),
+    "mixing too much": (RoundConfig(), LocalConfig(mixing=1.1), "mixing = 1.1: use 0 to 1"),
 }
 
 
@@ -769,6 +766,7 @@ def test_what_cannot_work_together_is_refused_in_one_line(
         (RoundConfig(codec="int4"), LocalConfig(feedback="off")),
         (RoundConfig(fragments=6), LocalConfig(local_steps=30, delay_steps=5)),
         (RoundConfig(fragments=6), LocalConfig(local_steps=0, delay_steps=5)),
+        (RoundConfig(fragments=6), LocalConfig(local_steps=10, delay_steps=5)),
         (RoundConfig(mode="gradient", target_batch=1), LocalConfig()),
         # In gradient mode what is for local steps does not apply, and may stay as it is.
         (RoundConfig(mode="gradient", target_batch=64, fragments=6), LocalConfig(delay_steps=5)),

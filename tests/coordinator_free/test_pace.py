@@ -81,6 +81,11 @@ def test_one_slow_exchange_does_not_change_everything() -> None:
     assert pace.steps(0) == usual
 
 
+def test_no_delay_is_longer_than_a_round() -> None:
+    pace = Pace(LocalConfig(local_steps=10, delay_steps=5), 6)
+    assert [pace.delay(n) for n in range(6)] == [pace.steps(n) for n in range(6)]
+
+
 @given(
     st.floats(1e-4, 10), st.floats(1e-3, 1e3), st.integers(1, 12), st.sampled_from([AUTO, WAITING])
 )

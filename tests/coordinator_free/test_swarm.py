@@ -293,6 +293,10 @@ def test_a_recipe_is_read_back_as_it_was_published() -> None:
         (lambda tables: tables["round"].update(extra=1), "install the same shoal"),
         (lambda tables: tables["round"].update(fragments="six"), "fragments"),
         (lambda tables: tables["round"].update(codec="int3"), "int3"),
+        (lambda tables: tables["round"].update(fragments=0), "fragments = 0: use 1 to 4096"),
+        (lambda tables: tables["round"].update(suspect_s=float("nan")), "suspect_s = nan"),
+        (lambda tables: tables["round"].update(rounds=10**400), "rounds = 1000"),
+        (lambda tables: tables["local"].update(delay_steps=-1), "delay_steps = -1"),
         (lambda tables: tables["local"].update(feedback="off"), "fed back"),
         (lambda tables: tables["outer"].update(lr=-1.0), "outer"),
         (lambda tables: tables.update(name=""), "printable"),
@@ -307,3 +311,8 @@ def test_what_a_hostile_creator_published_is_refused(
     with pytest.raises(ConfigError, match=says) as caught:
         Recipe.load(json.dumps(tables).encode())
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_nested_without_end_is_no_run() -> None:
+    with pytest.raises(ConfigError, match="shoal join"):
+        Recipe.load(b"[" * 30_000)

@@ -86,7 +86,7 @@ def test_what_a_run_file_says_arrives() -> None:
         ("[round]\ncodec = 'int3'", "[round] codec = 'int3'"),
         ("[round]\nlocal_steps = -1", "local_steps = -1: use 0 to"),
         ("[round]\nlocal_steps = 5", "[round] local_steps = 5 is less than fragments = 6"),
-        ("[round]\nlocal_steps = 24", "[round] delay_steps = 5 is more than the 4 steps"),
+        (f"a = {'[' * 20_000}", "nested too deeply"),
         ("[round]\ndelay_steps = 0\nmode = 'gradient'", '[round] mode = "gradient" needs a target'),
         ("[round]\nfeedback = 'off'", '[round] codec = "int2" needs what it cuts off fed back'),
         ("[round]\nfeedback = 'never'", "feedback = 'never': use 'auto' or 'on' or 'off'"),

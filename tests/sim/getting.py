@@ -159,7 +159,8 @@ class Getting:
         if self._over:
             return
         shown = [peer.me for peer in self._world.live if peer is not self._host]
-        willing = [me.peer_id for me in shown if me.can_reduce] or [me.peer_id for me in shown]
+        able = [me.peer_id for me in shown if me.can_reduce or me.peer_id == self._first]
+        willing = able or [me.peer_id for me in shown]
         willing.sort(key=lambda peer_id: peer_id != self._first)
         self._do(self._download.offer(willing, self._world.now))
         self._world._later(self._host, LOOK_S, self._look)

@@ -177,6 +177,11 @@ def test_a_batch_whose_news_are_lost_is_closed_all_the_same(lost: type) -> None:
     world.check_history()
 
 
+def test_a_state_that_only_clients_hold_is_found() -> None:
+    """Everybody who can lead was restarted; they had passed over who showed the furthest state."""
+    calm(trouble(1274, fragments=(5, 1), overlap=True))
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_nothing_that_goes_wrong_makes_replicas_differ_in_gradient_mode(seed: int) -> None:
     calm(trouble(seed, target_batch=TARGET))
