@@ -260,7 +260,7 @@ async def our_curve(case: Case, task: Task, folder: Path, curve: Curve) -> None:
 
             async def follow(number: int) -> None:
                 at, sent, wait_s = 0.0, 0.0, 0.0
-                async for event in daemons.follow(number):
+                async for event in daemons.follow(number, "done"):
                     kind = event["event"]
                     if kind == "joined":
                         began.append(event["at"])

@@ -34,7 +34,6 @@ from dht.errors import innermost
 ROOT = Path(__file__).parents[1]
 MEAN = "mean.f64"
 STEP_S = 600.0  # nothing a peer does takes so long
-LEAVE_S = 5.0  # how long a peer may take to end by itself
 
 
 class Failed(Exception):
@@ -155,7 +154,93 @@ class Shared(Protocol):
         ...
 
 
-class Peers:
+class Processes:
+    """One system's processes that say a line of JSON at a time, and their logs.
+
+    Args:
+        folder: for whatever they need to write.
+        hosts: an address for each peer to listen on.
+        prefixes: for each peer, what its command is preceded by.
+    """
+
+    kind: str  # the field that tells what a line is about
+    log_name = "peer"
+    leave_s = 5.0  # how long one may take to end by itself
+
+    def __init__(
+        self, folder: Path, hosts: Sequence[str], prefixes: Sequence[Sequence[str]]
+    ) -> None:
+        self._folder = folder
+        self._hosts = hosts
+        self._prefixes = prefixes
+        self._processes: list[asyncio.subprocess.Process] = []
+
+    @property
+    def pids(self) -> list[int]:
+        """Of the processes that were started, one for each peer."""
+        return [process.pid for process in self._processes]
+
+    async def _start_all(self) -> None:
+        """Start one for each peer, into `_processes`, each in a session of its own."""
+        raise NotImplementedError
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Start all of them; at the end, none is left.
+
+        Raises:
+            Failed: one did not start.
+        """
+        try:
+            await self._start_all()
+            yield
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self.leave_s):
+                    for process in self._processes:
+                        await process.wait()
+        finally:
+            for process in self._processes:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # with those that it started
+            for process in self._processes:
+                await process.wait()
+
+    async def follow(self, number: int, last: str) -> AsyncIterator[dict[str, Any]]:
+        """Whatever a peer says, each with the moment `at` which it came, up to its `last` word.
+
+        Raises:
+            Failed: it ended before, or said nothing for too long.
+        """
+        fields: dict[str, Any] = {self.kind: ""}
+        while fields[self.kind] != last:
+            try:
+                async with asyncio.timeout(STEP_S):
+                    fields = await self._next(number)
+            except TimeoutError as error:
+                raise Failed(f"peer {number} said nothing for {STEP_S:g} s") from error
+            yield {**fields, "at": time.monotonic()}
+
+    async def _next(self, number: int) -> dict[str, Any]:
+        process = self._processes[number]
+        assert process.stdout is not None
+        line = await process.stdout.readline()
+        if not line:
+            status = await process.wait()
+            said = self._log(number).read_text(errors="replace").strip().splitlines()
+            last = said[-1][:300] if said else "without a word"
+            raise Failed(f"peer {number} ended with status {status}: {last}")
+        fields: dict[str, Any] = json.loads(line)
+        return fields
+
+    def logs(self) -> list[str]:
+        """What each has said on stderr so far."""
+        return [self._log(number).read_text(errors="replace") for number in range(len(self._hosts))]
+
+    def _log(self, number: int) -> Path:
+        return self._folder / f"{self.log_name}-{number}.log"
+
+
+class Peers(Processes):
     """The processes of one system.
 
     Args:
@@ -167,6 +252,8 @@ class Peers:
         introduced: whether the first peer has to say where it is before the others can start.
     """
 
+    kind = "say"
+
     def __init__(
         self,
         script: str,
@@ -177,43 +264,18 @@ class Peers:
         prefixes: Sequence[Sequence[str]],
         introduced: bool,
     ) -> None:
+        super().__init__(folder, hosts, prefixes)
+        self.log_name = Path(script).stem
         self._script = script
         self._task = task
-        self._folder = folder
-        self._hosts = hosts
-        self._prefixes = prefixes
         self._introduced = introduced
-        self._processes: list[asyncio.subprocess.Process] = []
 
-    @property
-    def pids(self) -> list[int]:
-        """Of the processes that were started, one for each peer."""
-        return [process.pid for process in self._processes]
-
-    @contextlib.asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        """Start all of them; at the end, none is left.
-
-        Raises:
-            Failed: one did not start.
-        """
-        try:
-            rendezvous = ""
-            for number in range(self._task.peers):
-                await self._start(number, rendezvous)
-                if self._introduced and number == 0:
-                    rendezvous = (await self.hear("at"))[0]["rendezvous"]
-            yield
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LEAVE_S):
-                    for process in self._processes:
-                        await process.wait()
-        finally:
-            for process in self._processes:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)  # with those that it started
-            for process in self._processes:
-                await process.wait()
+    async def _start_all(self) -> None:
+        rendezvous = ""
+        for number in range(self._task.peers):
+            await self._start(number, rendezvous)
+            if self._introduced and number == 0:
+                rendezvous = (await self.hear("at"))[0]["rendezvous"]
 
     async def _start(self, number: int, rendezvous: str) -> None:
         task = self._task
@@ -230,9 +292,6 @@ class Peers:
                 start_new_session=True,
             )
         self._processes.append(process)
-
-    def _log(self, number: int) -> Path:
-        return self._folder / f"{Path(self._script).stem}-{number}.log"
 
     async def hear(self, what: str) -> list[dict[str, Any]]:
         """Wait until all have said this.
@@ -252,37 +311,10 @@ class Peers:
             raise innermost(group) from group
         return [line.result() for line in lines]
 
-    async def follow(self, number: int, last: str) -> AsyncIterator[dict[str, Any]]:
-        """Whatever a peer says, up to and with its `last` word.
-
-        Raises:
-            Failed: it ended before, or said nothing for too long.
-        """
-        fields: dict[str, Any] = {"say": ""}
-        while fields["say"] != last:
-            try:
-                async with asyncio.timeout(STEP_S):
-                    fields = await self._next(number)
-            except TimeoutError as error:
-                raise Failed(f"peer {number} said nothing for {STEP_S:g} s") from error
-            yield fields
-
     async def _line(self, number: int, what: str) -> dict[str, Any]:
         fields = await self._next(number)
         if fields["say"] != what:
             raise Failed(f"peer {number} said {fields['say']!r} instead of {what!r}")
-        return fields
-
-    async def _next(self, number: int) -> dict[str, Any]:
-        process = self._processes[number]
-        assert process.stdout is not None
-        line = await process.stdout.readline()
-        if not line:
-            status = await process.wait()
-            said = self._log(number).read_text(errors="replace").strip().splitlines()
-            last = said[-1][:300] if said else "without a word"
-            raise Failed(f"peer {number} ended with status {status}: {last}")
-        fields: dict[str, Any] = json.loads(line)
         return fields
 
     def tell(self, what: str) -> None:

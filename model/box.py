@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from model.processes import processes
 from model.trainer import StepReport, Trainer, TrainerConfig, TrainingDiverged
 
 # Rank 0 may have nothing to say for hours, while it waits for other peers. It says so.
@@ -123,12 +124,6 @@ def _gone() -> Iterator[None]:
         # Without the place in gloo's source before it, and the advice after it.
         reason = re.sub(r"^\[[^]]*\] *", "", line).split(". ")[0]
         raise BoxError(f"a process of this box is gone: {reason}") from error
-
-
-def processes() -> int:
-    """In how many processes this peer is, as torchrun says; 1 without it."""
-    # The environment is torchrun's way of telling; torch.distributed itself reads more of it.
-    return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
 
 
 class Crew:

@@ -25,6 +25,7 @@ import click
 
 from dht.errors import ConfigError, SwarmError
 from dht.link import Link, host_component, peer_address
+from model.processes import processes, rank
 from peer import runfile
 from peer.link_file import wait_for_link_file
 
@@ -337,7 +338,7 @@ def create(path: Path, link_file: Path | None, new: bool, **options: Any) -> int
     Example:
         shoal create run.toml
     """
-    if _rank():
+    if rank():
         return _follow(options, run_file=path)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_speaking_for_a_box())
@@ -380,7 +381,7 @@ def join(link: str | None, link_file: Path | None, **options: Any) -> int:
     if (link is None) == (link_file is None):
         problem = "missing LINK" if link is None else "both LINK and --link-file given"
         raise click.UsageError(problem, click.get_current_context())
-    if _rank():
+    if rank():
         return _follow(options)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_speaking_for_a_box())
@@ -658,20 +659,10 @@ def ping(target: str | None, link_file: Path | None, timeout_s: float) -> int:
 # -- what the commands share
 
 
-def _processes() -> int:
-    """How many of this command torchrun has started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
-
-
-def _rank() -> int:
-    """Which of them this one is; 0 is the one that speaks for all."""
-    return int(os.environ.get("RANK", "0")) if _processes() > 1 else 0
-
-
 def _refuse_torchrun(command: str) -> None:
-    if _rank():
+    if rank():
         raise click.exceptions.Exit(2)  # rank 0 says why
-    if _processes() > 1:
+    if processes() > 1:
         raise ConfigError(
             f"not for torchrun: start 'shoal {command}' by itself; only 'shoal create' and "
             "'shoal join' make one peer of its processes"
@@ -684,7 +675,7 @@ def _speaking_for_a_box() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if _processes() > 1:
+        if processes() > 1:
             from model.box import Crew
 
             Crew().close()
@@ -695,7 +686,7 @@ def _follow(options: dict[str, Any], run_file: Path | None = None) -> int:
     from peer.follower import follow
 
     follow(
-        rank=_rank(),
+        rank=rank(),
         run_file=run_file,
         data=str(options["data"].resolve()) if options["data"] else "",
         device=options["device"],

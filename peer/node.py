@@ -47,9 +47,10 @@ from dht.identity import Identity
 from dht.kademlia import KademliaDirectory
 from dht.link import Link
 from dht.records import SignedRun
-from model.box import BoxError, Crew, processes
+from model.box import BoxError, Crew
 from model.builders import ModelError
 from model.data import DataError
+from model.processes import processes
 from model.trainer import StepReport, Trainer, TrainingDiverged
 from peer import runfile
 from peer.config import RunConfig, configured, optimizer, published
