@@ -290,7 +290,6 @@ class Node:
             return
         config, trainer, run = begun
         logger.info("node.model %s", trainer.describe())
-        _check_deadline(config, trainer)
         session_config = SessionConfig(
             run_id=run.run_id,
             creator=run.creator,
@@ -332,7 +331,7 @@ class Node:
         config = configured(text, run_file=path, data=self._config.data, device=self._config.device)
         if self._config.link_file is not None:
             remove_link_file(self._config.link_file)  # nobody shall join what an old one names
-        # The trainer first: a run whose data or model is not there should not be published.
+        # The trainer first: a run that cannot be trained here should not be published.
         trainer = self._trainer(config, text)
         if trainer is None:
             return None
@@ -369,7 +368,10 @@ class Node:
 
     def _trainer(self, config: RunConfig, run_file: str) -> Trainer | None:
         try:
-            return self._crew.trainer(config.trainer, run_file, lambda: self._stopped)
+            trainer = self._crew.trainer(config.trainer, run_file, lambda: self._stopped)
+            if trainer is not None:
+                _check_deadline(config, trainer)
+            return trainer
         except (ValueError, BoxError) as error:  # of model, data, a device that is not there
             raise ConfigError(str(error)) from error
 

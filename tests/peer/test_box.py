@@ -17,25 +17,8 @@ import pytest
 
 from peer import cli
 from tests.model.test_box import free_port
-from tests.peer.test_swarm import Shoal, events, until
+from tests.peer.test_swarm import SMALL, Shoal, events, until
 
-RUN = """
-name = "small"
-[model]
-layers = 1
-width = 32
-heads = 2
-context = 32
-[training]
-batch_size = 4
-eval_blocks = 8
-[round]
-fragments = 1
-delay_steps = 0
-local_steps = 5
-rounds = {rounds}
-start_peers = {start_peers}
-"""
 TAKING_PART = ("--json", "--host", "127.0.0.1", "--device", "cpu")
 
 
@@ -61,7 +44,7 @@ class Boxes(Shoal):
 
     def run_file(self, rounds: int, start_peers: int) -> str:
         path = self.folder / "run.toml"
-        path.write_text(RUN.format(rounds=rounds, start_peers=start_peers))
+        path.write_text(SMALL.format(rounds=rounds, start_peers=start_peers, local_steps=5))
         return str(path)
 
     def ranks(self) -> dict[str, int]:

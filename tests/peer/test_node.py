@@ -202,6 +202,22 @@ def test_missing_data_keep_a_run_from_being_published(
     assert swarm.network.runs == {}
 
 
+@pytest.mark.parametrize("created", [True, False])
+def test_a_deadline_that_no_step_here_keeps_is_refused(
+    make: Callable[..., Node], swarm: Any, run_file: Path, corpus: Path, created: bool
+) -> None:
+    """By its creator before it is published, and by who joins it with a slower machine."""
+    run_file.write_text(run_file.read_text().replace("[round]", "[round]\nwork_s = 1e-6"))
+    settings: dict[str, Any] = {"run_file": run_file}
+    if not created:
+        settings = {"link": published(swarm, run_file.read_text()), "data": str(corpus)}
+    with pytest.raises(ConfigError, match="work_s = 1e-06 is shorter than one step") as caught:
+        make(**settings).run()
+    assert "\n" not in str(caught.value)
+    assert bool(swarm.network.runs) is not created
+    assert not swarm.sessions
+
+
 @contextlib.contextmanager
 def inherited(number: signal.Signals, handler: signal.Handlers) -> Iterator[None]:
     """As if this process had been started like this."""
