@@ -127,13 +127,17 @@ def _read(kind: type[Any], name: str, value: object) -> Any:
         wanted = hints[key]
         numeric = wanted is float and type(item) in (int, float)
         choice = typing.get_origin(wanted) is typing.Literal and item in typing.get_args(wanted)
-        pair = typing.get_origin(wanted) is tuple and isinstance(item, list)
+        pair = (
+            typing.get_origin(wanted) is tuple
+            and isinstance(item, list)
+            and [type(part) for part in item] == list(typing.get_args(wanted))
+        )
         if not (numeric or choice or pair or type(item) is wanted):
             raise ConfigError(f"this run's {name}.{key} = {item!r} is not what it should be")
         values[key] = tuple(item) if isinstance(item, list) else item
     try:
         return kind(**values)
-    except (ValueError, TypeError) as error:
+    except (ValueError, ArithmeticError) as error:  # the latter of numbers beyond all floats
         raise ConfigError(f"this run's settings of {name}: {error}") from error
 
 
