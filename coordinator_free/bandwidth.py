@@ -37,6 +37,7 @@ MIN_BPS, MAX_BPS = 1e3, 1e12  # no plan is made for less or more, whatever is cl
 
 # -- measuring --------------------------------------------------------------------------------
 MIN_SAMPLES = 4  # of an exchange that is over sooner nothing is learned
+MIN_BYTES = 1 << 14  # one that moved less, as where the other side is cut off, says nothing either
 MAX_SAMPLES = 2048  # kept of one exchange; of a longer one every second, every fourth...
 LADDER = 1.25  # stretches of every length are tried, but for this factor
 STEADY = 0.5  # an exchange that used the link for this part of the time tests it
@@ -117,10 +118,10 @@ class Gauge:
 
 def _learn(known: float, seen: Sequence[tuple[float, int]]) -> float:
     """The new estimate, from the old one and one exchange's (time, bytes so far)."""
-    best = _best_rate(seen)
-    if best == 0:
-        return known
     (first_at, first), (last_at, last) = seen[0], seen[-1]
+    best = _best_rate(seen)
+    if last - first < MIN_BYTES or best == 0:
+        return known
     busy = (last - first) / (best * (last_at - first_at))
     return max(best, known * (FADE if busy >= STEADY else IDLE_FADE))
 

@@ -160,7 +160,9 @@ def test_a_link_that_became_faster_is_known_at_once() -> None:
 def test_of_what_was_too_short_or_moved_nothing_nothing_is_learned() -> None:
     gauge = Gauge()
     gauge.finish()
-    for samples in ([(0.0, 0), (0.1, 10**9)], [(n / 10, 0) for n in range(100)], [(1.0, 5)] * 9):
+    stray = [(n / 10, 160 * n) for n in range(100)]  # what still passes to one that is cut off
+    nothing = [(n / 10, 0) for n in range(100)]
+    for samples in ([(0.0, 0), (0.1, 10**9)], nothing, stray, [(1.0, 5)] * 9):
         for now, through in samples:
             gauge.sample(now, through, through)
         gauge.finish()

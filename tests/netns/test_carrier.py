@@ -34,7 +34,7 @@ def test_two_whose_endpoints_cannot_be_reached_from_each_other(swarm: Swarm, net
     peers = start(swarm, machines)
     swarm.go_on(peers, rounds=2, timeout_s=90)
     swarm.check(peers)
-    expect(peers, carried=[1, 2])
+    expect(peers, carried_by=[1, 2])
 
 
 def test_two_who_reach_a_third_alone(swarm: Swarm, net: Net) -> None:
@@ -44,7 +44,7 @@ def test_two_who_reach_a_third_alone(swarm: Swarm, net: Net) -> None:
     peers = start(swarm, machines)
     swarm.go_on(peers, rounds=2, timeout_s=90)
     swarm.check(peers)
-    expect(peers, carried=[1, 2], relay=0)
+    expect(peers, carried_by=[1, 2], relay=0)
 
 
 def test_two_who_lose_sight_of_each_other(swarm: Swarm, net: Net) -> None:
@@ -59,7 +59,11 @@ def test_two_who_lose_sight_of_each_other(swarm: Swarm, net: Net) -> None:
     swarm.go_on(peers, rounds=2, timeout_s=90)
     swarm.check(peers[:1])
     assert all(peer.alive for peer in peers)
-    expect(peers, carried=[1, 2], relay=0)
+    # The bytes that never came make a link look slow, and who looks slow reduces nothing for some
+    # rounds: nobody calls it then.
+    swarm.until(lambda: all(carried(peer) for peer in peers[1:]), 60)
+    swarm.go_on(peers, rounds=1, timeout_s=90)
+    expect(peers, carried_by=[1, 2], relay=0)
 
 
 def test_two_behind_routers_that_let_nobody_in(swarm: Swarm, net: Net) -> None:
@@ -68,15 +72,19 @@ def test_two_behind_routers_that_let_nobody_in(swarm: Swarm, net: Net) -> None:
     peers = start(swarm, machines)
     swarm.go_on(peers, rounds=2, timeout_s=90)
     swarm.check(peers)
-    expect(peers, carried=[0, 1, 2], relay=0)
+    expect(peers, carried_by=[0, 1, 2], relay=0)
 
 
-def expect(peers: list[Peer], *, carried: list[int], relay: int | None = None) -> None:
+def carried(peer: Peer) -> list[str]:
+    """Its words about calls through its libp2p daemon."""
+    return [line for line in peer.errors if "transport.carried" in line]
+
+
+def expect(peers: list[Peer], *, carried_by: list[int], relay: int | None = None) -> None:
     """These peers called another one through their libp2p daemon, and that one was the relay."""
     for number, peer in enumerate(peers):
         took = [round(event["round_s"], 1) for event in peer.rounds.values()]
-        through = [line for line in peer.errors if "transport.carried" in line]
         relayed = [line for line in peer.errors if "tunnel.relays" in line]
-        sys.stdout.write(f"{peer.name}: carried to {len(through)}, rounds of {took} s\n")
-        assert bool(through) == (number in carried), peer.errors
-        assert relay is None or bool(relayed) == (number == relay), peer.errors
+        sys.stdout.write(f"{peer.name}: carried to {len(carried(peer))}, rounds of {took} s\n")
+        assert bool(carried(peer)) == (number in carried_by), "\n".join(peer.errors)
+        assert relay is None or bool(relayed) == (number == relay), "\n".join(peer.errors)
