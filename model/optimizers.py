@@ -16,6 +16,7 @@ other's local steps).
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -125,11 +126,23 @@ def schedule(samples: int, *, warmup_samples: int, total_samples: int, floor: fl
     return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def orthogonalise(matrix_MN: Tensor) -> Tensor:
+@functools.cache
+def _products_in(device_type: str) -> torch.dtype:
+    """bf16 where the device multiplies in it: twice to four times as fast; elsewhere fp32."""
+    if device_type == "cpu":
+        can = torch.cpu.get_capabilities()
+        native = bool(can.get("avx512_bf16") or can.get("amx_bf16"))
+    else:
+        native = device_type == "cuda"
+    return torch.bfloat16 if native else torch.float32
+
+
+def orthogonalise(matrix_MN: Tensor, products_in: torch.dtype | None = None) -> Tensor:
     """Replace all singular values by about one, keeping the singular vectors.
 
     Args:
         matrix_MN: a float matrix; all zeros stays all zeros.
+        products_in: the precision of the matrix products; None: what the device does fast.
 
     Returns:
         (M, N) of the same dtype; singular values roughly in [0.7, 1.2].
@@ -137,14 +150,13 @@ def orthogonalise(matrix_MN: Tensor) -> Tensor:
     Source: Jordan et al. 2024 (Muon), five Newton-Schulz steps.
     """
     a, b, c = _NEWTON_SCHULZ
-    # bf16 halves the time on CUDA; most CPUs only emulate it, so they stay in fp32.
-    x: Tensor = matrix_MN.bfloat16() if matrix_MN.is_cuda else matrix_MN.float()
+    x: Tensor = matrix_MN.to(products_in or _products_in(matrix_MN.device.type))
     tall = x.shape[0] > x.shape[1]
     x = x.mT if tall else x  # the Gram matrix is of the short side
     x = x / x.norm().clamp(min=1e-7)  # Frobenius norm: all singular values at most 1
     for _ in range(_NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
-        x = a * x + torch.addmm(gram, gram, gram, beta=b, alpha=c) @ x
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     result: Tensor = (x.mT if tall else x).to(matrix_MN.dtype)
     return result
 
