@@ -320,13 +320,13 @@ def run_file(setting: str, task: Task) -> tuple[str, RunConfig]:
         "round": {"start_peers": task.peers, "local_steps": 30, **ours.get("round", {})},
         "outer": {**ours.get("outer", {})},
     }
+    in_step = tables["round"].get("mode") == "gradient"
+    if in_step:
+        tables["round"]["target_batch"] = task.peers * task.batch
     try:
         config = load(runfile.dump(tables), setting)
-        # A round is one fragment's exchange, or one step of all peers.
-        round_steps = _setting(config, "local_steps") / _setting(config, "fragments", 1)
-        if _setting(config, "mode", "diloco") == "gradient":
-            tables["round"]["target_batch"] = task.peers * task.batch
-            round_steps = 1
+        # A round is one step of all peers, or one fragment's exchange.
+        round_steps = 1.0 if in_step else config.local.local_steps / config.round.fragments
         if task.steps % round_steps:
             raise Failed(f"--steps {task.steps} are no multiple of a round's {round_steps:g}")
         tables["round"]["rounds"] = round(task.steps / round_steps)
@@ -334,14 +334,6 @@ def run_file(setting: str, task: Task) -> tuple[str, RunConfig]:
         return text, load(text, setting)
     except ConfigError as error:
         raise Failed(str(error)) from error
-
-
-def _setting(config: RunConfig, name: str, default: Any = None) -> Any:
-    """Of [round], wherever the configuration keeps it."""
-    for part in (config.round, config.local):
-        if hasattr(part, name):
-            return getattr(part, name)
-    return default
 
 
 def broken_streams(case: Case, peers: int, rounds: int) -> list[str]:

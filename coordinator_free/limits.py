@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable
 
-BURST_S = 0.1  # of the cap's bytes may pass at once after a pause; more than a sleeper oversleeps
+BURST_S = 0.05  # of the cap's bytes may pass at once after a pause; more than a sleeper oversleeps
 
 
 class TokenBucket:

@@ -30,6 +30,8 @@ FINE_S = 0.5
 # Bytes per second. Links that are faster than this are planned for as if equal; where all are, it
 # is the machines that take the time, and what a chunk costs them besides its bytes counts.
 FAST_BPS = 60e6
+FAST_CHUNK = 1 << 20  # bytes; smaller ones cost the machines more than a finer overlap saves
+LEAST_CHUNKS = 2  # of each reducer: while one is added up, the other is on its way
 ALIKE = 1.5  # links that differ from the usual by less than this factor are measured no better
 SMALLEST_CHUNK = 1 << 14  # bytes; what a message costs beside them is half a percent of it
 WORTH_S = 2.0  # an exchange that is over sooner is not worth leaving anything out of
@@ -128,8 +130,11 @@ def draft(
     takes_s = division.seconds_per_byte * encoded if known else 0.0
     reducers = sum(party.reduces for party in parties)
     fitting = int(encoded / (reducers * SMALLEST_CHUNK))
-    # Unequal shares come in whole chunks; equal ones may as well be one each.
-    each = min(max(CHUNKS_EACH, fitting), CHUNKS_EACH_SLOW) if known else min(CHUNKS_EACH, fitting)
+    if known:  # unequal shares come in whole chunks
+        each = min(max(CHUNKS_EACH, fitting), CHUNKS_EACH_SLOW)
+    else:
+        long = max(LEAST_CHUNKS, int(encoded / (reducers * FAST_CHUNK)))
+        each = min(CHUNKS_EACH, long, fitting)
     elements = chunk_elements(numel, reducers, layout.largest_chunk, each)
     everything = Run(start=0, stop=-(-numel // elements))
     slices = cut(parties, division.shares, [everything], division.fractions)

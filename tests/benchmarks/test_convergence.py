@@ -48,6 +48,8 @@ def test_a_run_file_has_as_many_rounds_as_the_steps_need() -> None:
     assert config.trainer.seed == 1
     with pytest.raises(Failed, match="multiple"):
         run_file("shoal-wait-int4", Task(**{**TASK, "steps": 70}))
+    _, config = run_file("shoal-gradient", Task(**TASK))
+    assert (config.round.rounds, config.round.target_batch) == (60, 8)
 
 
 def test_each_round_the_same_number_of_peers_loses_all_its_streams() -> None:
