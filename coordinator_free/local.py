@@ -83,6 +83,11 @@ class Swarm(Protocol):
         ...
 
     @property
+    def ended(self) -> bool:
+        """Whether the round of the last assignment is over, so that nobody has to wait for it."""
+        ...
+
+    @property
     def state(self) -> State:
         """The newest state."""
         ...
@@ -203,7 +208,8 @@ class LocalLoop:
             self._swarm.progress(self._samples)
         due = self._due()
         turn = None
-        if self._handed_in is not None and (due or self._steps >= self._delay):
+        late = due or self._steps >= self._delay
+        if self._handed_in is not None and (late or self._swarm.ended):
             turn = self._take_up()
             if turn.work is None or turn.restarted:
                 return turn
@@ -215,7 +221,7 @@ class LocalLoop:
 
     @property
     def _delay(self) -> int:
-        """Steps into the round that is worked for, after which the one before is taken up."""
+        """Steps into the round that is worked for, after which the one before is waited for."""
         return self._pace.delay(self.round) if self._round.mode == "diloco" else 0
 
     # -- inside -------------------------------------------------------------------------------

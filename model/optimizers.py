@@ -216,12 +216,18 @@ class AdamW:
 class Muon:
     """Momentum, orthogonalised: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/.
 
-    Takes 2-D matrices stored (out, in), as `nn.Linear` does.
+    Takes 2-D matrices stored (out, in), as `nn.Linear` does. For `products_in` see `orthogonalise`.
     """
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], *, momentum: float, weight_decay: float
+        self,
+        parameters: Iterable[nn.Parameter],
+        *,
+        momentum: float,
+        weight_decay: float,
+        products_in: torch.dtype | None = None,
     ) -> None:
+        self._products_in = products_in
         self._moments = [(p, torch.zeros_like(p)) for p in parameters]
         self._momentum = momentum
         self._weight_decay = weight_decay
@@ -233,7 +239,8 @@ class Muon:
             if p.grad is None:
                 continue
             mean.lerp_(p.grad, 1 - self._momentum)
-            direction = orthogonalise(p.grad.lerp(mean, self._momentum))  # Nesterov's look-ahead
+            ahead = p.grad.lerp(mean, self._momentum)  # Nesterov's
+            direction = orthogonalise(ahead, self._products_in)
             p.mul_(1 - lr * self._weight_decay)
             # A matrix that widens its input needs a larger step to change the output as much.
             p.add_(direction, alpha=-lr * math.sqrt(max(1.0, p.shape[0] / p.shape[1])))

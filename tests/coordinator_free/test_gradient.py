@@ -37,6 +37,7 @@ from coordinator_free.gradient_kernels import (
 )
 from coordinator_free.optimizer import Position
 from dht.errors import ConfigError
+from model import optimizers
 from model.optimizers import InnerOptimizer, OptimizerConfig
 from model.optimizers import schedule as inner_schedule
 
@@ -163,8 +164,11 @@ def test_follows_torchs_own_sgd(momentum: float, nesterov: bool) -> None:
 
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_follows_the_local_optimizers_of_the_same_name(kind: Any) -> None:
+def test_follows_the_local_optimizers_of_the_same_name(
+    kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Schedule, clipping, decay and all; a sample here is a step there."""
+    monkeypatch.setattr(optimizers, "_products_in", lambda device_type: torch.float32)
     same = {"kind": kind, "lr": 0.02, "weight_decay": 0.2, "grad_clip": 3.0, "momentum": 0.9}
     config = GradientConfig(**same, warmup_samples=10, total_samples=40)
     optimizer = GradientOptimizer(config, TENSORS)

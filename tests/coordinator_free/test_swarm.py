@@ -125,7 +125,7 @@ def test_a_plain_loop_trains_with_another_one() -> None:
 def test_gradient_mode_is_one_process_on_all_the_samples(kind: str) -> None:
     """50 steps in fp32, to 1e-5 relative, against torch's own optimizers.
 
-    But for Muon: torch's computes in bfloat16, hence the local one of `model` as reference.
+    But for Muon: torch's computes in bfloat16, hence the local one of `model` in fp32 as reference.
     """
     settings = {
         "adamw": GradientConfig(kind="adamw", lr=1e-2, grad_clip=0, weight_decay=0.05),
@@ -165,7 +165,9 @@ def reference(net: nn.Module, config: GradientConfig) -> Callable[[], object]:
             {"params": vectors, "weight_decay": 0.0},
         ]
         return torch.optim.AdamW(groups, config.lr, config.betas, config.eps).step
-    muon = optimizers.Muon(matrices, momentum=config.momentum, weight_decay=0.0)
+    muon = optimizers.Muon(
+        matrices, momentum=config.momentum, weight_decay=0.0, products_in=torch.float32
+    )
     adamw = optimizers.AdamW(vectors, betas=config.betas, weight_decay=0.0)
 
     def step() -> None:

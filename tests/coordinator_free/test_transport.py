@@ -861,8 +861,6 @@ async def test_a_call_whose_caller_has_gone_ends_without_a_word(ended: bool) -> 
     async def work() -> bytes:
         raise grpc.aio.BaseError("a write that failed")
 
-    server = Server(
-        Identity.generate(), RUN, Echo(), "127.0.0.1", 0, ServerCertificate.generate()
-    )
+    server = Server(Identity.generate(), RUN, Echo(), "127.0.0.1", 0, ServerCertificate.generate())
     with pytest.raises(asyncio.CancelledError if ended else grpc.aio.AbortError):
         await server._supervise("Fetch", "peer", Gone(), work)  # type: ignore[arg-type]

@@ -26,7 +26,7 @@ def gradients(shape: tuple[int, ...], count: int) -> list[torch.Tensor]:
     return [torch.randn(shape, generator=generator) for _ in range(count)]
 
 
-@pytest.mark.parametrize("products_in, bound", [(torch.float32, 1e-3), (torch.bfloat16, 5e-2)])
+@pytest.mark.parametrize(("products_in", "bound"), [(torch.float32, 1e-3), (torch.bfloat16, 5e-2)])
 @pytest.mark.parametrize("shape", [(16, 16), (64, 16), (16, 64)])
 def test_orthogonalise_keeps_directions_and_evens_out_singular_values(shape, products_in, bound):
     matrix = gradients(shape, 1)[0] * 1e-3
