@@ -174,7 +174,6 @@ class Seat:
         self._table = table
         self.next_assignment = self.handoff.next
         self.result = self.handoff.result
-        self.ended = False  # an exchange takes as long as the recipe allows
 
     def hand_in(self, update_E: Tensor, samples: int) -> None:
         """See `local.Swarm`."""

@@ -168,12 +168,6 @@ class Handoff:
             raise RoundError(work.round, "the swarm went on from another state")
 
     @property
-    def ended(self) -> bool:
-        """Whether `result` and then `next` return at once."""
-        with self._changed:
-            return self._closed or self._fresh()
-
-    @property
     def round(self) -> int:
         """Of the last assignment that was taken; 0 if none was."""
         work = self._taken

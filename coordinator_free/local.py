@@ -83,11 +83,6 @@ class Swarm(Protocol):
         ...
 
     @property
-    def ended(self) -> bool:
-        """Whether the round of the last assignment is over, so that nobody has to wait for it."""
-        ...
-
-    @property
     def state(self) -> State:
         """The newest state."""
         ...
@@ -208,8 +203,7 @@ class LocalLoop:
             self._swarm.progress(self._samples)
         due = self._due()
         turn = None
-        late = due or self._steps >= self._delay
-        if self._handed_in is not None and (late or self._swarm.ended):
+        if self._handed_in is not None and (due or self._steps >= self._delay):
             turn = self._take_up()
             if turn.work is None or turn.restarted:
                 return turn
@@ -221,7 +215,7 @@ class LocalLoop:
 
     @property
     def _delay(self) -> int:
-        """Steps into the round that is worked for, after which the one before is waited for."""
+        """Steps into the round that is worked for, after which the one before is taken up."""
         return self._pace.delay(self.round) if self._round.mode == "diloco" else 0
 
     # -- inside -------------------------------------------------------------------------------

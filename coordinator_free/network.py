@@ -118,11 +118,6 @@ class SwarmSession(Running, Protocol):
         """Whether the others wait for this peer's work."""
         ...
 
-    @property
-    def ended(self) -> bool:
-        """Whether that round is over and there is new work."""
-        ...
-
     def finish_after(self, round: int, /) -> None:
         """Stop when that round is committed."""
         ...

@@ -29,9 +29,9 @@ class LocalConfig:
             the number of fragments. 0: each peer chooses by what steps and exchanges take.
         communication: with `local_steps` 0, the share of the time that may be spent waiting.
         work_s: a round's work ends after so many seconds, whatever was done; 0: by steps alone.
-        delay_steps: so many steps, and no more than the next round has, are trained on at most
-            while an exchange runs; 0 waits for it. What is there sooner is taken up sooner. Where
-            `local_steps` is 0, any other number leaves the choice to the peer.
+        delay_steps: so many steps, and no more than the next round has, are trained on while an
+            exchange runs; 0 waits for it. Where `local_steps` is 0, any other number leaves the
+            choice to the peer.
         mixing: how much of what was trained meanwhile is kept in the parameters, in [0, 1].
         feedback: whether what a codec cuts off is made up for in the next round; "auto" does so
             for codecs that need it.
@@ -75,7 +75,7 @@ class Pace:
         return max(1, whole * (part + 1) // fragments - whole * part // fragments)
 
     def delay(self, round: int) -> int:
-        """How many of the steps of this round are taken before the exchange is waited for."""
+        """How many of the steps of this round are taken before the exchange must have ended."""
         wanted = self._config.delay_steps
         if wanted and not self._config.local_steps:
             wanted = self._hiding or wanted

@@ -276,11 +276,6 @@ class Session:
         """Whether the others wait for work that was not handed in yet."""
         return self._handoff.hurried
 
-    @property
-    def ended(self) -> bool:
-        """Whether the round of the last assignment is over and there is new work."""
-        return self._handoff.ended
-
     def stop(self) -> None:
         """Leave politely; `run` returns soon. From any thread, at any time."""
         self._stop_asked = True

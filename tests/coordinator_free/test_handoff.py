@@ -295,28 +295,6 @@ def test_hurried_is_who_owes_work_that_the_others_wait_for(trainer: Trainer) -> 
     assert handoff.hurried  # whoever trains on finds out that it is over
 
 
-def test_ended_is_what_nobody_has_to_wait_for(trainer: Trainer) -> None:
-    handoff = trainer.handoff
-    handoff.assign(work(4))
-    handoff.next()
-    trainer.hands_in()
-    assert not handoff.ended
-    handoff.resolve(result(4))
-    assert not handoff.ended  # the next work is still to come
-    handoff.assign(work(5))
-    assert handoff.ended
-    assert handoff.result().round == 4
-    assert handoff.next() is not None
-    assert not handoff.ended
-    handoff.restart()  # the swarm went on from another state
-    assert not handoff.ended
-    handoff.assign(work(3))
-    assert handoff.ended
-    handoff.next()
-    handoff.close()
-    assert handoff.ended
-
-
 def test_the_round_is_that_of_the_work_that_was_taken(trainer: Trainer) -> None:
     handoff = trainer.handoff
     assert handoff.round == 0

@@ -80,7 +80,6 @@ class Swarm:
     script: Iterator[Ends] = field(default_factory=lambda: iter(()))
     round: int = 0
     hurried: bool = False
-    ended: bool = False
     handed_in: list[tuple[int, Tensor, int]] = field(default_factory=list)
     reported: list[int] = field(default_factory=list)
     waits: int = 0  # for the end of a round
@@ -277,22 +276,6 @@ def test_what_was_trained_while_the_exchange_ran_is_mixed_in_and_handed_in_whole
     play.turn(0.0, 0.0)
     assert play.w == [20.0]
     assert [samples for _, _, samples in play.swarm.handed_in] == [12, 12]
-
-
-def test_an_exchange_that_is_over_sooner_is_taken_up_sooner() -> None:
-    ends = [Ends(theta=tensor(v)) for v in (10.0, 20.0)]
-    play = Play.of(tensor(0.0), *ends, local_steps=4, delay_steps=3, mixing=0.5)
-    for _ in range(5):
-        assert play.step(1.0) is None
-    play.swarm.ended = True
-    turn = play.step(1.0)
-    assert turn is not None
-    assert turn.steps == 4
-    assert play.w == [11.0]
-    play.swarm.ended = False
-    assert play.step(1.0) is None
-    assert play.step(1.0) is None  # the round has its four steps whenever the last was taken up
-    assert play.updates[-1].tolist() == [-4.0]
 
 
 @pytest.mark.parametrize(("mixing", "expected"), [(0.0, 10.0), (0.5, 12.0), (1.0, 14.0)])
@@ -720,7 +703,6 @@ def test_every_step_is_handed_in_once_whatever_the_delay_and_the_mixing(
     seen = 0
     for change in changes:
         trained += change
-        play.swarm.ended = data.draw(st.booleans())
         play.step(float(change))
         for round, update_E, _ in play.swarm.handed_in[seen:]:
             number = round % fragments

@@ -35,7 +35,7 @@ class FakeSession:
         self.digest = ""
         self.samples: list[int] = []
         self.reported: list[int] = []
-        self.hurried = self.ended = False
+        self.hurried = False
         self.stopped = threading.Event()
         self.politely = False
         self.fail: Exception | None = None
