@@ -1,6 +1,6 @@
 """How near an averaging over thin lines comes to what the lines allow.
 
-    python benchmarks/wan.py --codec fp32,int4 --json FILE
+    python benchmarks/wan.py --codec fp32,int4 --congestion cubic --json FILE
 
 Real peers (`shoal_peer`), each on a machine of its own: network namespaces on one bridge, whose
 links are throttled in both directions by `tc tbf` once everybody has joined. Needs root and
@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import subprocess
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -127,8 +128,10 @@ def shares_of(sent: Sequence[int], fractions: Sequence[float], nbytes: int) -> l
 # -- what happens ---------------------------------------------------------------------------------
 
 
-async def measure(links: Sequence[Link], task: Task, nbytes: int, folder: Path) -> dict[str, Any]:
-    """All rounds over these links.
+async def measure(
+    links: Sequence[Link], task: Task, nbytes: int, folder: Path, congestion: str
+) -> dict[str, Any]:
+    """All rounds over these links, with this congestion control.
 
     Raises:
         Failed: a peer broke off.
@@ -138,6 +141,8 @@ async def measure(links: Sequence[Link], task: Task, nbytes: int, folder: Path) 
     try:
         net.open()
         machines = [net.add() for _ in links]
+        for name, _ in machines:
+            _set_congestion_control(name, congestion)
         peers = Peers(
             "shoal_peer.py",
             task,
@@ -222,7 +227,7 @@ async def compare(arguments: Namespace) -> int:
     """All cases with all codecs; the exit status."""
     from coordinator_free.codecs import codec
 
-    congestion = _congestion_control()
+    congestion = arguments.congestion
     report = {**machine(), "congestion_control": congestion, "rows": []}
     rows: list[dict[str, Any]] = report["rows"]
     print(f"{arguments.peers} peers, {congestion}; for each: Mbit/s up and down")
@@ -243,7 +248,7 @@ async def compare(arguments: Namespace) -> int:
             with lockstep.scratch() as folder:
                 nbytes = codec(name).encoded_bytes(task.numel)
                 try:
-                    row.update(await measure(links, task, nbytes, folder))
+                    row.update(await measure(links, task, nbytes, folder, congestion))
                 except Failed as error:
                     row["failed"] = str(error)
             _print(row)
@@ -252,8 +257,14 @@ async def compare(arguments: Namespace) -> int:
     return 0 if all(row.get("identical") and row["right"] != "no" for row in rows) else 1
 
 
-def _congestion_control() -> str:
-    return Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
+def _of_tcp(name: str) -> str:
+    """A setting of this machine's TCP."""
+    return Path(f"/proc/sys/net/ipv4/tcp_{name}").read_text().strip()
+
+
+def _set_congestion_control(namespace: str, name: str) -> None:
+    setting = f"net.ipv4.tcp_congestion_control={name}"
+    subprocess.run(["ip", "netns", "exec", namespace, "sysctl", "-qw", setting], check=True)
 
 
 def _print(row: dict[str, Any]) -> None:
@@ -282,10 +293,15 @@ def main() -> None:
     parser.add_argument(
         "--max-mb", type=megabytes, default=128.0, help="no longer vectors than this, as float32"
     )
+    parser.add_argument("--congestion", help="TCP's congestion control; by default the machine's")
     parser.add_argument("--json", type=writable, help="every round's figures")
     arguments = parser.parse_args()
     if missing := complaint():
         parser.error(missing)
+    known = _of_tcp("available_congestion_control").split()
+    arguments.congestion = arguments.congestion or _of_tcp("congestion_control")
+    if arguments.congestion not in known:
+        parser.error(f"--congestion {arguments.congestion}: this machine has {', '.join(known)}")
     lockstep.run(lambda: compare(arguments))
 
 
