@@ -21,9 +21,10 @@ from coordinator_free.partition import chunk_elements
 from coordinator_free.shares import Division, Party, balance, cut, divide, sent, times
 
 CHUNKS_EACH = 8  # of each reducer, at least: sending, summing and sending back overlap
-# The links stand still while the last chunk is summed and sent back: with this many, for 2 % of an
-# exchange.
-CHUNKS_EACH_SLOW = 64
+# The links stand still while the last chunk is summed and sent back: for 16 ms with so many of each
+# reducer. What a chunk costs a machine besides its bytes is then the same share of its time.
+CHUNKS_A_SECOND = 64
+CHUNKS_EACH_SLOW = 256  # of each reducer, at most
 # A shorter exchange is over before links are measured well, and what limits it is rather how busy
 # the machines are: then all get the same, in chunks that cost little besides their bytes.
 FINE_S = 0.5
@@ -131,7 +132,8 @@ def draft(
     reducers = sum(party.reduces for party in parties)
     fitting = int(encoded / (reducers * SMALLEST_CHUNK))
     if known:  # unequal shares come in whole chunks
-        each = min(max(CHUNKS_EACH, fitting), CHUNKS_EACH_SLOW)
+        fine = min(fitting, int(CHUNKS_A_SECOND * takes_s), CHUNKS_EACH_SLOW)
+        each = max(CHUNKS_EACH, fine)
     else:
         long = max(LEAST_CHUNKS, int(encoded / (reducers * FAST_CHUNK)))
         each = min(CHUNKS_EACH, long, fitting)
