@@ -50,11 +50,20 @@ class Outbox:
         self._queues: dict[str, asyncio.Queue[tuple[Contact, Message]]] = {}
 
     def send(self, contact: Contact, message: Message) -> None:
-        """Put a message into its peer's queue; the oldest one gives way when it is full."""
+        """Put a message into its peer's queue; the oldest one gives way when it is full.
+
+        Once the tasks are being ended, nothing is sent any more.
+        """
         queue = self._queues.get(contact.peer_id)
         if queue is None:
-            queue = self._queues[contact.peer_id] = asyncio.Queue(QUEUED)
-            self._tasks.create_task(self._deliver_all(contact.peer_id, queue))
+            queue = asyncio.Queue(QUEUED)
+            delivering = self._deliver_all(contact.peer_id, queue)
+            try:
+                self._tasks.create_task(delivering)
+            except RuntimeError:  # a call was answered while the session broke off
+                delivering.close()
+                return
+            self._queues[contact.peer_id] = queue
         if queue.full():
             queue.get_nowait()
             queue.task_done()

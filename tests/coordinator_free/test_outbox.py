@@ -191,3 +191,13 @@ async def test_an_idle_queue_is_taken_down_and_comes_back(monkeypatch: pytest.Mo
         at.send("a", 2)
         await at.outbox.flush()
         assert lines.heights("a") == [1, 2]
+
+
+async def test_once_the_session_breaks_off_nothing_is_sent() -> None:
+    lines = Lines()
+    async with desk(lines) as at:
+        at.send("a", 1)
+        await at.outbox.flush()
+    at.send("b", 1)  # there is no task any more that could deliver it
+    await at.outbox.flush()
+    assert (lines.heights("a"), lines.heights("b")) == ([1], [])

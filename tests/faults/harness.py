@@ -365,7 +365,9 @@ class Swarm:
                 f"{peer.name} lost a round:\n{self.report()}"
             )
             assert peer.alive, self.report()
-            assert not [line for line in peer.errors if "Traceback" in line], self.report()
+            for number, line in enumerate(peer.errors):
+                said = "\n".join(peer.errors[max(0, number - 10) : number + 60])
+                assert "Traceback" not in line, f"{peer.name} failed:\n{said}"
 
     def longest_round_s(self, peer: Peer) -> float:
         """The longest time between two of its rounds; printed, never judged."""
