@@ -572,7 +572,7 @@ def _mbit(text: str) -> float:
     return value
 
 
-def _share(text: str) -> float:
+def share(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
@@ -597,7 +597,7 @@ def main() -> None:
     parser.add_argument("--local-steps", type=at_least(1), default=30, help="of opendiloco")
     parser.add_argument("--hivemind-target", type=at_least(1), help="sequences in its epoch")
     parser.add_argument("--eval-blocks", type=at_least(1), default=64)
-    parser.add_argument("--lost", type=_share, default=0.0, help="of the peers, in each round")
+    parser.add_argument("--lost", type=share, default=0.0, help="of the peers, in each round")
     parser.add_argument("--lr", type=float, help="of AdamW, for finding a good one")
     parser.add_argument("--limit-s", type=at_least(1), default=3600, help="for one row")
     parser.add_argument("--json", type=writable, help="all rows with their curves")

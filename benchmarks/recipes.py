@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.arguments import Parser, at_least, several
-from benchmarks.convergence import LEARNING_RATES, OURS, SIZES, run_file
+from benchmarks.convergence import LEARNING_RATES, OURS, SIZES, run_file, share
 from benchmarks.learning import Task
 from benchmarks.lockstep import Failed
 from coordinator_free.codecs import codec, mean_of_sent, sparse_codec
@@ -277,6 +277,8 @@ def recipe(text: str) -> str:
     for change in changes:
         name, _, value = change.partition("=")
         table, _, key = name.rpartition(".")
+        if table not in ("", "round", "optimizer", "outer"):
+            raise ArgumentTypeError(f"{change!r}: only [round], [optimizer] and [outer] change")
         try:
             read = tomllib.loads(f"x = {value}")["x"]
         except tomllib.TOMLDecodeError:
@@ -293,7 +295,7 @@ def main() -> None:
     parser.add_argument("--peers", type=at_least(2), default=4)
     parser.add_argument("--steps", type=at_least(1), default=900)
     parser.add_argument("--seeds", type=several(at_least(0)), default=[1])
-    parser.add_argument("--lost", type=float, default=0.0)
+    parser.add_argument("--lost", type=share, default=0.0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     for name in arguments.recipes:

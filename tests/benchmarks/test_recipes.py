@@ -42,6 +42,8 @@ def test_a_recipe_is_a_setting_and_what_is_changed_in_it() -> None:
     assert recipes.OURS[name]["round"]["fragments"] == 1
     with pytest.raises(ArgumentTypeError, match="none of"):
         recipes.recipe("soal")
+    with pytest.raises(ArgumentTypeError, match="only"):
+        recipes.recipe("shoal,model.layers=9")
 
 
 def test_all_peers_work_goes_into_the_average_but_that_of_the_lost() -> None:

@@ -740,7 +740,6 @@ IMPOSSIBLE = {
     "no time": (RoundConfig(exchange_s=0.0), LocalConfig(), "exchange_s = 0.0: use 1 to"),
     "steps back": (RoundConfig(), LocalConfig(local_steps=-1), "local_steps = -1: use 0 to"),
     "a delay before it": (RoundConfig(), LocalConfig(delay_steps=-1), "delay_steps = -1: use 0"),
-    "mixing too much": (RoundConfig(), LocalConfig(mixing=1.1), "mixing = 1.1: use 0 to 1"),
 }
 
 
