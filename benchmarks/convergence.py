@@ -573,6 +573,7 @@ def _mbit(text: str) -> float:
 
 
 def share(text: str) -> float:
+    """Reads a part of the whole, less than all of it."""
     try:
         value = float(text)
     except ValueError:
