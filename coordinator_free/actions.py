@@ -44,10 +44,17 @@ class StartExchange:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GoOnWithout:
-    """The exchange of this plan shall not wait for these peers any more."""
+    """The exchange of this plan shall not wait for these peers any more.
+
+    Attributes:
+        plan: its digest.
+        peers: for nothing of theirs.
+        contributors: for their contributions; they may still reduce.
+    """
 
     plan: bytes
     peers: tuple[str, ...]
+    contributors: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

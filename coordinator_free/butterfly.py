@@ -191,12 +191,17 @@ class Butterfly:
         if peer in self._dropped or peer == self._me:
             return
         self._dropped.add(peer)
-        for reducer in self._reducers.values():
-            reducer.drop(peer)
+        self.drop_contributor(peer)
         for partner, part in self._parts:
             if partner == peer and not part.done():
                 self._give_up(peer)
                 part.cancel()
+
+    def drop_contributor(self, peer: str) -> None:
+        """Wait for no more of this peer's contribution; it may still reduce."""
+        if peer != self._me:
+            for reducer in self._reducers.values():
+                reducer.drop(peer)
 
     def _give_up(self, reducer: str) -> None:
         self._failures[reducer] = Unreachable(reducer, "was given up by the leader")

@@ -123,6 +123,7 @@ class Leadership:
         self._judge_at = 0.0
         self._awaited: set[str] = set()  # who takes part in the plan
         self._lost: set[str] = set()  # of them
+        self._ended: set[str] = set()  # of them: their own exchange failed
         self._proposal: Propose | None = None
         self._proposed_at = 0.0
         self._beat_at = now
@@ -179,6 +180,7 @@ class Leadership:
             ballot=self._ballot,
             closing=self._closing_at is not None,
             lost=tuple(sorted(self._lost)),
+            ended=tuple(sorted(self._ended)),
         )
         machine.send_roster(lead)
         if self._proposal is not None:
@@ -273,6 +275,7 @@ class Leadership:
         self._reports.clear()
         self._awaited = set(plan.receivers)
         self._lost.clear()
+        self._ended.clear()
 
     def _collect(self, now: float) -> None:
         """Wait for work to be done; start at once when everybody is ready."""
@@ -382,13 +385,18 @@ class Leadership:
             self._machine.send(peer, plan)
 
     def _missing_more(self, now: float) -> bool:
-        """Whether somebody whom the exchange waits for has fallen silent since the last look."""
+        """Whether somebody has fallen silent, or failed, since the last look: others wait for it.
+
+        A stream that breaks before a reducer knows whose it is leaves that one waiting.
+        """
         members = self._machine.membership
         # Also of those who have reported: others may still wait for them.
         partners = _partners(self._plan) if self._plan is not None else ()
         silent = {peer for peer in partners if members.gone_for(peer, now) >= LOST_S}
-        more = not silent <= self._lost
+        ended = {peer for peer, report in self._reports.items() if not report.complete}
+        more = not (silent <= self._lost and ended <= self._ended)
         self._lost |= silent
+        self._ended |= ended
         return more
 
     def _judge(self, plan: Plan, now: float) -> None:

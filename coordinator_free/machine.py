@@ -645,8 +645,11 @@ class Machine:
         if lead.closing and self._working is not None and not self._closed:
             self._closed = True
             self._out.append(CloseWork(round=self.head.round))
-        if lead.lost and self._exchanging:
-            self._out.append(GoOnWithout(plan=self._plan_digest, peers=lead.lost))
+        # Also where my own part has failed: others wait for what I reduce.
+        if (lead.lost or lead.ended) and self._plan is not None:
+            self._out.append(
+                GoOnWithout(plan=self._plan_digest, peers=lead.lost, contributors=lead.ended)
+            )
 
     def _on_prepare(self, sender: str, message: Prepare) -> None:
         self._promised = message.ballot
@@ -1013,7 +1016,7 @@ def _about_bytes(message: AtBallot | Plan) -> int:
             members = len(message.outcome.roster)
             names = len(message.outcome.contributions) + len(message.holders)
         case Lead():
-            names = len(message.lost)
+            names = len(message.lost) + len(message.ended)
         case Ready():
             names = len(message.views)
     return 256 + 128 * names + 1024 * members

@@ -351,14 +351,18 @@ class Lead(AtBallot):
     Attributes:
         closing: hand in what there is, without further steps.
         lost: members that the exchange under way goes on without.
+        ended: members whose own part in it came to an early end, as they say themselves: they send
+            no more contributions. What they reduce, they still reduce.
     """
 
     closing: bool
     lost: tuple[str, ...] = ()
+    ended: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         AtBallot.__post_init__(self)
         _distinct("lost", self.lost)
+        _distinct("ended", self.ended)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -522,9 +522,11 @@ class Session:
                     self._start_exchange(action.plan, action.digest)
                 case actions.GoOnWithout():
                     butterfly = self._exchanges.get(action.plan)
-                    for peer in action.peers:
-                        if butterfly is not None:
+                    if butterfly is not None:
+                        for peer in action.peers:
                             butterfly.drop(peer)
+                        for peer in action.contributors:
+                            butterfly.drop_contributor(peer)
                 case actions.Fetch():
                     if self._fetch_task is not None:
                         self._fetch_task.cancel()

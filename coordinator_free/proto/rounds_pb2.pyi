@@ -167,16 +167,18 @@ class Certificate(_message.Message):
     def __init__(self, outcome: _Optional[_Union[Outcome, _Mapping]] = ..., ballot: _Optional[int] = ..., provisional: _Optional[bool] = ..., signatures: _Optional[_Iterable[_Union[Signature, _Mapping]]] = ...) -> None: ...
 
 class Lead(_message.Message):
-    __slots__ = ("height", "ballot", "closing", "lost")
+    __slots__ = ("height", "ballot", "closing", "lost", "ended")
     HEIGHT_FIELD_NUMBER: _ClassVar[int]
     BALLOT_FIELD_NUMBER: _ClassVar[int]
     CLOSING_FIELD_NUMBER: _ClassVar[int]
     LOST_FIELD_NUMBER: _ClassVar[int]
+    ENDED_FIELD_NUMBER: _ClassVar[int]
     height: int
     ballot: int
     closing: bool
     lost: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, height: _Optional[int] = ..., ballot: _Optional[int] = ..., closing: _Optional[bool] = ..., lost: _Optional[_Iterable[str]] = ...) -> None: ...
+    ended: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, height: _Optional[int] = ..., ballot: _Optional[int] = ..., closing: _Optional[bool] = ..., lost: _Optional[_Iterable[str]] = ..., ended: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Ready(_message.Message):
     __slots__ = ("height", "ballot", "head", "samples", "up_bps", "down_bps", "views")

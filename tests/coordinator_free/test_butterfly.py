@@ -452,6 +452,28 @@ def test_a_contributor_that_breaks_off_is_missing_from_exactly_the_rest(delivere
     run(story())
 
 
+def test_nobody_waits_for_a_dropped_contributor_and_what_it_reduces_still_counts() -> None:
+    async def story() -> None:
+        plan = make_plan({"a": 5, "b": 7, "c": 3}, 3 * CHUNK)
+        values = vectors(plan.receivers, plan.numel)
+        net = Net(plan, dict(values))
+
+        async def nothing_comes() -> None:
+            """Of c, which reduces its own slice all the same."""
+            reducing = asyncio.create_task(net.members["c"].reduce())
+            await asyncio.sleep(1)
+            for name in ("a", "b"):
+                net.members[name].drop_contributor("c")
+            await reducing
+
+        ends = averages(await net.all(nothing_comes(), without=("c",)))
+        assert now() < STALL_S
+        assert [chunk.contributors for chunk in ends["b"].chunks] == [b"\x03", b"\x03", b"\x07"]
+        assert net.members["a"].lost == net.members["b"].lost == ("c",)
+
+    run(story())
+
+
 def test_contributors_that_stall_together_cost_the_wait_for_one() -> None:
     async def story() -> None:
         plan = make_plan({"a": 1, "b": 1, "c": 1, "d": 1, "e": 1}, 4 * CHUNK, slices=FOUR)

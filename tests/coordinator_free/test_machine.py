@@ -597,6 +597,38 @@ def test_the_exchange_goes_on_without_a_member_that_cannot_be_reached() -> None:
     assert of(GoOnWithout, told) == [GoOnWithout(plan=plan, peers=(L4,))]
 
 
+def test_nobody_waits_for_the_contribution_of_a_member_whose_exchange_failed() -> None:
+    # Its streams may have broken before a reducer knew whose they were.
+    leader = averaging()
+    plan = leader.plan()
+    digest = wire.plan_digest(plan)
+    leader.hears(L4, incomplete(plan, lost=(L1, L2, L3)))
+    told = leader.passes(0.25)
+    leads = sent(Lead, told)
+    assert {to for to, _ in leads} == set(FIVE) - {L0}
+    assert all((lead.ended, lead.lost) == ((L4,), ()) for _, lead in leads)  # it still reduces
+    go_on = GoOnWithout(plan=digest, peers=(), contributors=(L4,))
+    assert of(GoOnWithout, told) == [go_on]
+    assert sent(Lead, leader.passes(0.25)) == []  # once, and then with every beat
+    # A member whose own part failed, too, still reduces for the others.
+    member = Rig(L1)
+    member.works()
+    member.hears(L0, member.plan())
+    member.machine.exchange_failed(digest, (L4,), (), member.now)
+    lead = Lead(height=HEIGHT, ballot=0, closing=False, ended=(L4,))
+    assert of(GoOnWithout, member.hears(L0, lead)) == [go_on]
+
+
+def test_a_mend_begins_with_everybody_waited_for() -> None:
+    leader = averaging()
+    plan = leader.plan()
+    leader.machine.exchange_failed(wire.plan_digest(plan), (), (), leader.now)
+    for peer in (L1, L2, L3, L4):
+        said = leader.hears(peer, incomplete(plan, 0, lost=(L0,)))
+    assert sent(Plan, said)
+    assert not any(lead.ended for _, lead in sent(Lead, leader.passes(2.0)))
+
+
 def test_a_member_that_answers_again_is_not_given_up() -> None:
     leader = averaging()
     leader.machine.undeliverable(L4, leader.now)
