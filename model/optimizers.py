@@ -137,12 +137,11 @@ def _products_in(device_type: str) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def orthogonalise(matrix_MN: Tensor, products_in: torch.dtype | None = None) -> Tensor:
+def orthogonalise(matrix_MN: Tensor) -> Tensor:
     """Replace all singular values by about one, keeping the singular vectors.
 
     Args:
         matrix_MN: a float matrix; all zeros stays all zeros.
-        products_in: the precision of the matrix products; None: what the device does fast.
 
     Returns:
         (M, N) of the same dtype; singular values roughly in [0.7, 1.2].
@@ -150,7 +149,7 @@ def orthogonalise(matrix_MN: Tensor, products_in: torch.dtype | None = None) -> 
     Source: Jordan et al. 2024 (Muon), five Newton-Schulz steps.
     """
     a, b, c = _NEWTON_SCHULZ
-    x: Tensor = matrix_MN.to(products_in or _products_in(matrix_MN.device.type))
+    x: Tensor = matrix_MN.to(_products_in(matrix_MN.device.type))
     tall = x.shape[0] > x.shape[1]
     x = x.mT if tall else x  # the Gram matrix is of the short side
     x = x / x.norm().clamp(min=1e-7)  # Frobenius norm: all singular values at most 1
@@ -216,7 +215,7 @@ class AdamW:
 class Muon:
     """Momentum, orthogonalised: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/.
 
-    Takes 2-D matrices stored (out, in), as `nn.Linear` does. For `products_in` see `orthogonalise`.
+    Takes 2-D matrices stored (out, in), as `nn.Linear` does.
     """
 
     def __init__(
@@ -225,9 +224,7 @@ class Muon:
         *,
         momentum: float,
         weight_decay: float,
-        products_in: torch.dtype | None = None,
     ) -> None:
-        self._products_in = products_in
         self._moments = [(p, torch.zeros_like(p)) for p in parameters]
         self._momentum = momentum
         self._weight_decay = weight_decay
@@ -240,7 +237,7 @@ class Muon:
                 continue
             mean.lerp_(p.grad, 1 - self._momentum)
             ahead = p.grad.lerp(mean, self._momentum)  # Nesterov's
-            direction = orthogonalise(ahead, self._products_in)
+            direction = orthogonalise(ahead)
             p.mul_(1 - lr * self._weight_decay)
             # A matrix that widens its input needs a larger step to change the output as much.
             p.add_(direction, alpha=-lr * math.sqrt(max(1.0, p.shape[0] / p.shape[1])))

@@ -122,11 +122,14 @@ def test_a_plain_loop_trains_with_another_one() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["adamw", "sgd", "muon"])
-def test_gradient_mode_is_one_process_on_all_the_samples(kind: str) -> None:
+def test_gradient_mode_is_one_process_on_all_the_samples(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """50 steps in fp32, to 1e-5 relative, against torch's own optimizers.
 
     But for Muon: torch's computes in bfloat16, hence the local one of `model` in fp32 as reference.
     """
+    monkeypatch.setattr(optimizers, "_products_in", lambda device_type: torch.float32)
     settings = {
         "adamw": GradientConfig(kind="adamw", lr=1e-2, grad_clip=0, weight_decay=0.05),
         "sgd": GradientConfig(kind="sgd", lr=1e-2, momentum=0.9, grad_clip=1.0, weight_decay=0),
@@ -165,9 +168,7 @@ def reference(net: nn.Module, config: GradientConfig) -> Callable[[], object]:
             {"params": vectors, "weight_decay": 0.0},
         ]
         return torch.optim.AdamW(groups, config.lr, config.betas, config.eps).step
-    muon = optimizers.Muon(
-        matrices, momentum=config.momentum, weight_decay=0.0, products_in=torch.float32
-    )
+    muon = optimizers.Muon(matrices, momentum=config.momentum, weight_decay=0.0)
     adamw = optimizers.AdamW(vectors, betas=config.betas, weight_decay=0.0)
 
     def step() -> None:
