@@ -15,6 +15,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 BURST_S = 0.05  # of the cap's bytes may pass at once after a pause; more than a sleeper oversleeps
+NOTED_S = 1.0  # of waiting, at most, is due to messages that did not wait themselves
 
 
 class TokenBucket:
@@ -41,6 +42,12 @@ class TokenBucket:
         cost_s = nbytes / self._bps
         self._empty_at = empty_at + cost_s
         return max(0.0, empty_at + min(cost_s, self._burst_s) - now)
+
+    def charge(self, nbytes: int, now: float, most_s: float) -> None:
+        """Take tokens for what has passed already, as far as others wait no longer than `most_s`."""
+        before = self._empty_at
+        self.take(nbytes, now)
+        self._empty_at = min(self._empty_at, max(before, now + most_s))
 
     def give_back(self, nbytes: int) -> None:
         """The message that took last does not go."""
@@ -70,9 +77,12 @@ class Limiter:
         self._line = asyncio.Lock()  # first come, first served
 
     def note(self, nbytes: int) -> None:
-        """A small message that waits for nobody passes; those after it pay for it."""
+        """A small message that waits for nobody passes; those after it pay for it, within bounds.
+
+        Else anybody could silence a peer for minutes, by messages that it has not asked for.
+        """
         if self._bucket is not None:
-            self._bucket.take(nbytes, self._clock())
+            self._bucket.charge(nbytes, self._clock(), NOTED_S)
 
     async def acquire(self, nbytes: int) -> None:
         """Wait until a message of so many bytes may go."""

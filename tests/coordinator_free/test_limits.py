@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator_free.limits import BURST_S, Limiter, TokenBucket
+from coordinator_free.limits import BURST_S, NOTED_S, Limiter, TokenBucket
 
 MB = 1_000_000
 
@@ -102,6 +102,23 @@ def test_a_large_message_goes_at_once_and_the_next_pays() -> None:
     bucket = TokenBucket(1000.0, 0.5)
     assert bucket.take(8000, 0.0) == 0
     assert bucket.take(100, 1.0) == pytest.approx(6.6)  # 0.5 s were in the bucket: 7.5 + 0.1 - 1
+
+
+async def test_what_nobody_asked_for_delays_others_by_no_more_than_a_second() -> None:
+    clock = Never()
+    limiter = Limiter(1000.0, clock, clock.sleep)
+    for _ in range(60):
+        limiter.note(10**6)
+    waiting = asyncio.create_task(limiter.acquire(1))
+    await asyncio.sleep(0)
+    clock.wake.set()
+    await waiting
+    assert clock.waits == [pytest.approx(NOTED_S, abs=0.01)]
+    # Nor is what somebody else took forgiven by it.
+    bucket = TokenBucket(1000.0, 0.0)
+    bucket.take(8000, 0.0)
+    bucket.charge(100, 0.0, NOTED_S)
+    assert bucket.take(1, 0.0) == pytest.approx(8.0)
 
 
 async def test_without_a_limit_nobody_waits() -> None:
