@@ -240,6 +240,8 @@ class Assistant:
 
     async def _follow(self, sender: str, head: bytes) -> bool:
         """Have the chain end at a head that a member builds on; whether it does."""
+        if wire.head_digest(self._held.newest.outcome) == head:
+            return True  # without waiting for those who ask about another one
         async with self._following:
             for _ in range(2):
                 newest = self._held.newest.outcome

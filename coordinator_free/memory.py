@@ -71,7 +71,10 @@ def _lend(size: int) -> np.ndarray:
     try:
         piece = _free[whole].pop()
     except IndexError:
-        piece = mmap.mmap(-1, whole, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            piece = mmap.mmap(-1, whole, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise MemoryError(f"{size} bytes are not to be had") from error
         _advise(piece, "MADV_HUGEPAGE")
     lent = np.frombuffer(piece, np.uint8, size).view(_Lent)
     weakref.finalize(lent, _take_back, piece).atexit = False

@@ -76,6 +76,11 @@ def test_little_memory_is_not_worth_it() -> None:
     assert free() == 0
 
 
+def test_more_than_there_can_be_is_a_memory_error() -> None:
+    with pytest.raises(MemoryError, match="are not to be had"):
+        empty_vector(1 << 55)
+
+
 def test_lengths_are_what_was_asked_for() -> None:
     for numel in (0, 1, NUMEL - 1, NUMEL, NUMEL + 1):
         assert len(empty_vector(numel)) == numel
