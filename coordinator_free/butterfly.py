@@ -278,14 +278,15 @@ class Butterfly:
                     await reducer.put(sender, payload)
                     held_up_s += loop.time() - arrived
                     done += 1
+                    # The stream's end says nothing: it comes when the whole slice has gone back.
+                    if done == len(expected):
+                        took_s = loop.time() - self._began - held_up_s
+                        self.parts_s[sender] = max(took_s, self.parts_s.get(sender, 0.0))
         except (TimeoutError, ValueError, PeerError) as error:
             logger.warning("butterfly.contributor_lost peer=%s chunks=%d %s", sender, done, error)
         finally:
             if done < len(expected):
                 reducer.drop(sender)
-            elif expected:
-                took_s = loop.time() - self._began - held_up_s
-                self.parts_s[sender] = max(took_s, self.parts_s.get(sender, 0.0))
 
     async def _feed(self, reducer: Reducer) -> None:
         """My own contribution to my own slice takes the same way as everybody's."""

@@ -32,6 +32,7 @@ PAUSE_S = 1.0  # a time-out that is noticed so late was noticed by a process tha
 # Streams that share a link take turns; with less, each of them stops for every moment of another.
 WINDOW = 2
 WINDOW_BYTES = 4 << 20
+SLICE_SHARE = 0.6  # of the exchange's time, after which all contributions have to be there
 KEPT_FRAMES = 4  # reduced chunks as they travel: made once for all receivers that keep up
 
 
@@ -112,12 +113,13 @@ class Reducer:
         """
         loop = asyncio.get_running_loop()
         await failpoints.reach_async("reduce.begin")
+        began = loop.time()
         for index in range(self.piece.start, self.piece.stop):
             if index == self.piece.middle:
                 await failpoints.reach_async("reduce.half")
             payloads = {}
             # One clock for all: contributors that stall together must not add up to the deadline.
-            until = loop.time() + self._plan.stall_s
+            until = min(loop.time() + self._plan.stall_s, began + self._due_s(index))
             due = [
                 contribution.peer_id
                 for contribution in self._plan.contributions
@@ -127,6 +129,7 @@ class Reducer:
                 payload = await self._next(peer, until)
                 if payload is None and loop.time() > until + PAUSE_S:
                     # This process stood still, not the others: what they sent waits in its sockets.
+                    began += loop.time() - until
                     until = loop.time() + self._plan.stall_s
                     payload = await self._next(peer, until)
                 if payload is not None:
@@ -143,6 +146,15 @@ class Reducer:
             async with self._news:
                 self._reduced += chunk
                 self._news.notify_all()
+
+    def _due_s(self, index: int) -> float:
+        """How long after the begin a chunk is waited for at most.
+
+        By the deadline of one chunk alone, who is just within it every time would take the slice
+        beyond that of the exchange, and its honest reducer would be blamed.
+        """
+        ended = (index + 1 - self.piece.start) / (self.piece.stop - self.piece.start)
+        return self._plan.stall_s + ended * SLICE_SHARE * self._plan.exchange_s
 
     async def _next(self, peer: str, until: float) -> bytes | memoryview | None:
         queue = self._queues[peer]

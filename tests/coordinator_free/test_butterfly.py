@@ -497,6 +497,49 @@ def test_contributors_that_stall_together_cost_the_wait_for_one() -> None:
     run(story())
 
 
+def test_who_is_just_in_time_with_every_chunk_does_not_cost_the_slice() -> None:
+    async def story() -> None:
+        slices = (Slice(reducer="a", start=0, stop=8),)
+        plan = make_plan({"a": 1, "b": 1, "c": 1}, 8 * CHUNK, slices=slices)
+        values = vectors(plan.receivers, plan.numel)
+        net = Net(plan, dict(values))
+
+        async def dribble() -> None:
+            async with net.open("c", "a") as line:
+                await line.send(OPENING, EXCHANGE_S)
+                for frame in contributed(plan, 0, values["c"]):
+                    await asyncio.sleep(0.95 * STALL_S)
+                    with suppress(Unreachable):
+                        await line.send(frame, EXCHANGE_S)
+
+        ends = averages(await net.all(dribble(), without=("c",)))
+        bits = [chunk.contributors for chunk in ends["b"].chunks]
+        assert bits == [b"\x07"] + [b"\x03"] * 7
+        assert net.members["a"].lost == ("c",)
+
+    run(story())
+
+
+def test_a_contributor_is_as_late_as_its_own_last_chunk() -> None:
+    async def story() -> None:
+        plan = make_plan({"a": 1, "b": 1, "c": 1}, 4 * CHUNK, slices=FOUR)
+        values = vectors(plan.receivers, plan.numel)
+        net = Net(plan, dict(values))
+
+        async def speak(name: str, after_s: float) -> None:
+            async with net.open(name, "a") as line:
+                await line.send(OPENING, EXCHANGE_S)
+                await asyncio.sleep(after_s)
+                for frame in contributed(plan, 0, values[name]):
+                    await line.send(frame, EXCHANGE_S)
+                await asyncio.sleep(30)  # as one does that reads the whole slice before it ends
+
+        await net.all(speak("b", 10), speak("c", 1), without=("b", "c"))
+        assert net.members["a"].parts_s == pytest.approx({"b": 10, "c": 1})
+
+    run(story())
+
+
 def test_a_chunk_that_arrives_as_patience_ends_is_not_taken_for_the_next_one() -> None:
     async def story() -> None:
         loop = asyncio.get_running_loop()
