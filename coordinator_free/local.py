@@ -181,6 +181,11 @@ class LocalLoop:
         """Why so many: one line for people."""
         return self._pace.reason
 
+    @property
+    def paced(self) -> bool:
+        """Whether that rests on measurements, or was configured."""
+        return self._pace.measured
+
     def stepped(self, samples: int) -> Turn | None:
         """After every step: hand in what is due, take up what is there.
 

@@ -11,12 +11,15 @@ No clock of its own: who steps says how long it took.
 from __future__ import annotations
 
 import math
+import statistics
+from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
 LEAST_STEPS = 30  # between two averagings of a parameter: fewer learn little more (recipes, H = 10)
 MOST_STEPS = 500  # more learn much less, whatever the link
-SMOOTHING = 0.3  # weight of the newest measurement
+SMOOTHING = 0.3  # weight of the newest step
+REMEMBERED = 5  # exchanges: the median of as many is taken, as one that was mended takes minutes
 MARGIN = 1.25  # exchanges vary
 
 
@@ -57,16 +60,22 @@ class Pace:
         self._config = config
         self._fragments = fragments
         self._step_s = 0.0  # 0: not measured yet
-        self._exchange_s = 0.0
+        self._exchanges: deque[float] = deque(maxlen=REMEMBERED)
+        self._first = True
 
     def stepped(self, seconds: float) -> None:
         """A step took so long."""
         self._step_s = _smoothed(self._step_s, seconds)
 
     def exchanged(self, seconds: float) -> None:
-        """An exchange took so long."""
-        if seconds > 0:
-            self._exchange_s = _smoothed(self._exchange_s, seconds)
+        """An exchange took so long.
+
+        The first one is left out: it compiles kernels and opens connections.
+        """
+        if self._first:
+            self._first = False
+        elif seconds > 0:
+            self._exchanges.append(seconds)
 
     def steps(self, round: int) -> int:
         """How many steps this round has."""
@@ -87,17 +96,27 @@ class Pace:
         whole = self._config.local_steps
         if whole:
             return f"{whole}: as configured"
-        if not (self._step_s and self._exchange_s):
+        if not self.measured:
             return f"{self._chosen}: nothing is measured yet"
         chosen = self._chosen
         steps = max(1, chosen // self._fragments)
         hidden_s = self.delay(0) * self._step_s if self._config.delay_steps else 0.0
         wait_s = max(0.0, self._exchange_s - hidden_s)
         share = wait_s / (steps * self._step_s + wait_s)
+        most = ", the most there may be" if chosen == MOST_STEPS else ""
         return (
-            f"{chosen}: a step takes {self._step_s:.2g} s and an exchange {self._exchange_s:.2g} s,"
-            f" so {share:.1%} of the time is spent waiting"
+            f"{chosen}{most}: a step takes {self._step_s:.2g} s and an exchange"
+            f" {self._exchange_s:.2g} s, so {share:.1%} of the time is spent waiting"
         )
+
+    @property
+    def measured(self) -> bool:
+        """Whether what is chosen rests on more than a guess."""
+        return bool(self._config.local_steps or (self._step_s and self._exchanges))
+
+    @property
+    def _exchange_s(self) -> float:
+        return statistics.median(self._exchanges) if self._exchanges else 0.0
 
     @property
     def _hiding(self) -> int:

@@ -4,7 +4,7 @@
     {"event": "done", ...}       the run came to its end for this peer
     {"event": "link", ...}       this peer can be joined now
     {"event": "joined", ...}     this peer is in the swarm
-    {"event": "chosen", ...}     what was left to this peer, and why so; once, after a round
+    {"event": "chosen", ...}     what was left to this peer, and why so; once, when measured
     {"event": "left", ...}       stopped before the end, politely
     {"event": "progress", ...}   several a second, only for a supervising `shoal demo`
     {"event": "died", ...}       a demo's peer ended unasked; the others go on

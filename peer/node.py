@@ -600,7 +600,8 @@ class _Rounds:
         if turn.work is None:
             return False
         self._work = turn.work
-        self._say_chosen(tell=not self._told and result is not None)
+        measured = self._gradient or self._loop.paced
+        self._say_chosen(tell=not self._told and result is not None and measured)
         self._evaluate()
         return True
 

@@ -71,14 +71,30 @@ def test_no_link_makes_rounds_longer_than_the_most() -> None:
 
 
 def test_one_slow_exchange_does_not_change_everything() -> None:
-    pace = measured(AUTO, 6, step_s=0.1, exchange_s=0.1)
+    pace = measured(AUTO, 6, step_s=0.3, exchange_s=0.5)
     usual = pace.steps(0)
-    pace.exchanged(2.0)
-    stretched = pace.steps(0)
-    for _ in range(20):
-        pace.exchanged(0.1)
-    assert usual <= stretched <= 9 * usual
+    pace.exchanged(60.0)
     assert pace.steps(0) == usual
+    # A link that has become slow does.
+    for _ in range(3):
+        pace.exchanged(6.0)
+    assert pace.steps(0) == 25
+
+
+def test_the_first_exchange_compiles_kernels_and_tells_nothing_of_the_link() -> None:
+    pace = Pace(AUTO, 6)
+    pace.stepped(0.1)
+    pace.exchanged(12.0)
+    assert not pace.measured
+    assert pace.steps(0) == LEAST_STEPS // 6
+    pace.exchanged(0.1)
+    assert pace.measured
+    assert "an exchange 0.1 s" in pace.reason
+
+
+def test_where_the_most_steps_are_not_enough_it_says_so() -> None:
+    pace = measured(AUTO, 6, step_s=0.1, exchange_s=100.0)
+    assert "500, the most there may be: a step takes 0.1 s" in pace.reason
 
 
 def test_no_delay_is_longer_than_a_round() -> None:
