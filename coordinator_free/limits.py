@@ -44,7 +44,7 @@ class TokenBucket:
         return max(0.0, empty_at + min(cost_s, self._burst_s) - now)
 
     def charge(self, nbytes: int, now: float, most_s: float) -> None:
-        """Take tokens for what has passed already, as far as others wait no longer than `most_s`."""
+        """Take tokens for what has passed already: others wait for it, `most_s` at most."""
         before = self._empty_at
         self.take(nbytes, now)
         self._empty_at = min(self._empty_at, max(before, now + most_s))
