@@ -435,7 +435,7 @@ def test_a_peer_without_a_block_is_told(tiny):
         one.begin_round(0, 2, 3)
 
 
-@pytest.mark.parametrize("device", ["abacus", "cuda:99"])
+@pytest.mark.parametrize("device", ["abacus", "cuda:99", "mps", "meta"])
 def test_a_wrong_device_is_one_line(tiny, device):
     with pytest.raises(ValueError, match=device) as caught:
         Trainer(replace(tiny, device=device))
