@@ -82,6 +82,13 @@ class Recipe:
     gradient: GradientConfig = field(default_factory=GradientConfig)
 
     def __post_init__(self) -> None:
+        for name, kind in typing.get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if type(value) is not kind:
+                raise ConfigError(f"{name} = {value!r}: give a {kind.__name__}")
+            if dataclasses.is_dataclass(kind):
+                for key, wanted in typing.get_type_hints(kind).items():
+                    _check_type(f"{name}.{key}", wanted, getattr(value, key))
         if not 1 <= len(self.name) <= 64 or not self.name.isprintable():
             raise ConfigError(f"name = {self.name!r}: use 1 to 64 printable characters")
         check(self.round, self.local)
@@ -124,21 +131,32 @@ def _read(kind: type[Any], name: str, value: object) -> Any:
         raise ConfigError(f"this run's settings of {name} are unknown here: install the same shoal")
     values = {}
     for key, item in value.items():
-        wanted = hints[key]
-        numeric = wanted is float and type(item) in (int, float)
-        choice = typing.get_origin(wanted) is typing.Literal and item in typing.get_args(wanted)
-        pair = (
-            typing.get_origin(wanted) is tuple
-            and isinstance(item, list)
-            and [type(part) for part in item] == list(typing.get_args(wanted))
-        )
-        if not (numeric or choice or pair or type(item) is wanted):
-            raise ConfigError(f"this run's {name}.{key} = {item!r} is not what it should be")
         values[key] = tuple(item) if isinstance(item, list) else item
+        _check_type(f"this run's {name}.{key}", hints[key], values[key])
     try:
         return kind(**values)
     except (ValueError, ArithmeticError) as error:  # the latter of numbers beyond all floats
         raise ConfigError(f"this run's settings of {name}: {error}") from error
+
+
+def _check_type(name: str, wanted: Any, value: object) -> None:
+    """Whether a setting is of its type: what only its creator can read is a run that nobody joins.
+
+    Raises:
+        ConfigError: one line, what would be right.
+    """
+    origin, parts = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin is typing.Literal:
+        fits, right = value in parts, " or ".join(map(repr, parts))
+    elif origin is tuple:
+        each = value if isinstance(value, tuple) else ()
+        fits = [type(part) for part in each] == list(parts)
+        right = f"({', '.join(part.__name__ for part in parts)})"
+    else:
+        fits = type(value) is wanted or (wanted is float and type(value) is int)
+        right = f"of type {wanted.__name__}"
+    if not fits:
+        raise ConfigError(f"{name} = {value!r}: it has to be {right}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -257,6 +275,12 @@ class SwarmOptimizer:
         self.close()
 
     def _start(self) -> None:
+        box = torch.distributed
+        if box.is_available() and box.is_initialized() and box.get_world_size() > 1:
+            raise ConfigError(
+                f"{box.get_world_size()} processes of torch.distributed cannot be one peer here:"
+                " train in one process, or let 'torchrun' start 'shoal join'"
+            )
         identity = Identity.load_or_create(self._network_config.identity_path)
         network = self._network = Network(
             self._network_config, identity, make_session=_make_session
@@ -393,8 +417,7 @@ class SwarmOptimizer:
         if turn.restarted and self._optimizer is not None:
             self._optimizer.state = defaultdict(dict)  # its moments belong to other parameters
         if self._over and self._session is not None:
-            state = self._session.state
-            self._flat.write(state.theta_N, start=0, stop=state.shape.numel)
+            self.adopt()
         return Step(
             round=turn.result.round if self._over and turn.result else self._loop.round,
             ended=turn.result,
@@ -402,6 +425,18 @@ class SwarmOptimizer:
             restarted=turn.restarted,
             over=self._over,
         )
+
+    def adopt(self) -> None:
+        """Overwrite the parameters with what all peers share, as of the last round that ended here.
+
+        For the end: what this peer has trained since then is lost to it. Where the run itself ends,
+        `step` has done it.
+
+        Raises:
+            SessionClosed: this peer never had a state.
+        """
+        state = self.state
+        self._flat.write(state.theta_N, start=0, stop=state.shape.numel)
 
     # -- what can be seen ---------------------------------------------------------------------
 

@@ -5,7 +5,8 @@
 
 Every optimizer step of the Trainer is a local step; its samples are those of all devices and
 accumulated batches of this process group. The state of the swarm replaces the model's parameters
-when training begins, and the model ends with that of the last round. Only process 0 of a
+when training begins, and the model ends as that of the last round that ended; if none did, as the
+Trainer left it. Only process 0 of a
 distributed Trainer may speak for it, which is not built here: use one process, or the daemon.
 """
 
@@ -83,6 +84,8 @@ class SwarmCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Leave."""
+        """Leave with the swarm's model; what was trained since the last round is not in it."""
         if self.swarm is not None:
+            if self.rounds:
+                self.swarm.adopt()
             self.swarm.close()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -176,6 +178,51 @@ def reference(net: nn.Module, config: GradientConfig) -> Callable[[], object]:
         adamw.step(config.adamw_lr)
 
     return step
+
+
+@pytest.mark.slow
+def test_who_leaves_early_can_take_what_all_share() -> None:
+    net = model()
+    recipe = Recipe(
+        round=RoundConfig(start_peers=1, codec="fp32"), local=LocalConfig(local_steps=4)
+    )
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    swarm = SwarmOptimizer(net, optimizer, batch_size=4, recipe=recipe, host="127.0.0.1")
+    with swarm:
+        for number in range(6):
+            loss_of(net, number).backward()
+            swarm.step()
+        flat = FlatTensors(dict(net.named_parameters()))
+        mine = flat.read(torch.empty(flat.numel), start=0, stop=flat.numel)
+        assert not torch.equal(mine, swarm.state.theta_N)
+        swarm.adopt()
+        flat.read(mine, start=0, stop=flat.numel)
+        assert torch.equal(mine, swarm.state.theta_N)
+
+
+def test_processes_of_one_box_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    net = model()
+    swarm = SwarmOptimizer(net, torch.optim.SGD(net.parameters(), 0.1), batch_size=1)
+    with pytest.raises(ConfigError, match="2 processes of torch"), swarm:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"local": LocalConfig(feedback="ON")}, "local.feedback = 'ON': it has to be 'auto' or"),
+        ({"round": RoundConfig(mode="gradiant")}, "'diloco' or 'gradient'"),
+        ({"round": RoundConfig(fragments="6")}, "round.fragments = '6': it has to be of type int"),
+        ({"round": RoundConfig(rounds=1.5)}, "of type int"),
+        ({"gradient": GradientConfig(betas=(0, 0.9))}, "it has to be (float, float)"),
+        ({"round": {}}, "give a RoundConfig"),
+    ],
+)
+def test_a_recipe_that_nobody_could_join_is_refused(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        Recipe(**settings)
 
 
 @pytest.mark.slow
