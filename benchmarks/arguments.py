@@ -49,6 +49,29 @@ def at_least(lowest: int) -> Callable[[str], int]:
     return read
 
 
+def quantity(lowest: float, what: str) -> Callable[[str], float]:
+    """Reads a number, not too small, of something that the message names."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = -1.0
+        if not lowest <= value <= 1e9:
+            raise ArgumentTypeError(f"{text!r} is not {what} of at least {lowest:g}")
+        return value
+
+    return read
+
+
+def existing_folder(text: str) -> Path:
+    """Reads a folder that is there."""
+    path = Path(text)
+    if not path.is_dir():
+        raise ArgumentTypeError(f"{text} is not a folder")
+    return path
+
+
 def megabytes(text: str) -> float:
     """Reads the size of a vector."""
     try:

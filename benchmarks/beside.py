@@ -23,6 +23,8 @@ import threading
 import time
 from pathlib import Path
 
+from benchmarks.arguments import Parser, at_least, megabytes, quantity, several
+
 ROOT = Path(__file__).parents[1]
 RUN = "be" * 20
 
@@ -154,10 +156,11 @@ def measure(limit: float, arguments: argparse.Namespace) -> dict[str, float]:
 
 def main() -> None:
     """Parse the command line and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--mb", type=float, default=64)
-    parser.add_argument("--limits", default="10,50,0")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--mb", type=megabytes, default=64)
+    limits = several(quantity(0, "a number of MB/s"))
+    parser.add_argument("--limits", type=limits, default=[10.0, 50.0, 0.0])
+    parser.add_argument("--rounds", type=at_least(1), default=5)
     parser.add_argument("--limit", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--identity", help=argparse.SUPPRESS)
     parser.add_argument("--known", default="", help=argparse.SUPPRESS)
@@ -169,7 +172,7 @@ def main() -> None:
         return
     print("| MB/s | exchange, s | steps/s alone | steps/s beside it | share |")
     print("|---|---|---|---|---|")
-    for limit in map(float, arguments.limits.split(",")):
+    for limit in arguments.limits:
         row = measure(limit, arguments)
         share = row["beside"] / row["alone"]
         numbers = f"{row['exchange_s']:.2f} | {row['alone']:.1f} | {row['beside']:.1f}"

@@ -31,6 +31,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arguments import Parser, at_least, several
+
 RUN = "5b" * 20
 FRAME_BYTES = 1 << 20
 DEADLINE_S = 120.0
@@ -252,10 +254,11 @@ def compare(chunk_kb: int, mb: int, repeats: int) -> dict[str, dict[str, float]]
 
 def main() -> None:
     """Print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Formatter)
-    parser.add_argument("--mb", type=int, default=256, help="megabytes each way and time")
-    parser.add_argument("--repeats", type=int, default=5, help="of every measurement")
-    parser.add_argument("--chunk-kb", default="", help="such as 32,64,128; empty: as shipped")
+    parser = Parser(description=__doc__, formatter_class=_Formatter)
+    parser.add_argument("--mb", type=at_least(1), default=256, help="megabytes each way and time")
+    parser.add_argument("--repeats", type=at_least(1), default=5, help="of every measurement")
+    chunks = several(at_least(1))
+    parser.add_argument("--chunk-kb", type=chunks, help="such as 32,64,128; else as shipped")
     for internal in ("--role", "--identity", "--callees", "--pids"):
         parser.add_argument(internal, default="", help=argparse.SUPPRESS)
     parser.add_argument("--chunk", type=int, default=0, help=argparse.SUPPRESS)
@@ -267,10 +270,9 @@ def main() -> None:
         return
     from dht.tunnel import _CHUNK_BYTES
 
-    sizes = [int(size) for size in arguments.chunk_kb.split(",") if size]
     print("| way | chunk KiB | exchange GB/s | fetch GB/s | latency ms | open ms | cpu s/GB |")
     print("|---|---|---|---|---|---|---|")
-    for chunk_kb in sizes or [_CHUNK_BYTES // 1024]:
+    for chunk_kb in arguments.chunk_kb or [_CHUNK_BYTES // 1024]:
         for way, it in compare(chunk_kb, arguments.mb, arguments.repeats).items():
             cells = (
                 way,

@@ -8,7 +8,6 @@ it. A save ends with fsync. Loads come out of the page cache, unless the state i
 
 from __future__ import annotations
 
-import argparse
 import resource
 import tempfile
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.arguments import Parser, at_least, existing_folder, megabytes
 from coordinator_free import certificates
 from coordinator_free.checkpoints import CheckpointStore
 from coordinator_free.messages import NO_DIGEST, Member
@@ -28,10 +28,10 @@ RUN = "ab" * 20
 
 def main() -> None:
     """Parse the command line and print one line per save and load."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--mb", type=float, default=1024, help="MB of float32 parameters")
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--mb", type=megabytes, default=1024, help="MB of float32 parameters")
+    parser.add_argument("--runs", type=at_least(1), default=3)
+    parser.add_argument("--folder", type=existing_folder, default=Path(tempfile.gettempdir()))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     numel = int(arguments.mb * 1e6 / 4)

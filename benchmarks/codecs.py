@@ -19,7 +19,6 @@ Plain numpy was not measured: like torch, it would pass over the memory once for
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -33,6 +32,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.arguments import Parser, at_least, megabytes, writable
 from coordinator_free import kernels
 from coordinator_free.codecs import codec
 from coordinator_free.optimizer import Position
@@ -156,11 +156,11 @@ def print_speeds(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Parse the command line, measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--mb", type=float, default=16, help="fp32 megabytes of the vector")
-    parser.add_argument("--runs", type=int, default=9)
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--mb", type=megabytes, default=16, help="fp32 megabytes of the vector")
+    parser.add_argument("--runs", type=at_least(1), default=9)
     parser.add_argument("--jit", action="store_true", help="what compiling costs, too")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers there, too")
+    parser.add_argument("--json", type=writable, help="write the numbers there, too")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     speeds = measured(int(arguments.mb * 1e6 / 4), arguments.runs)
@@ -173,8 +173,8 @@ def main() -> None:
             f"and {cost['mapped_mb']:.0f} MB of libraries, which processes share"
         )
     if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump({"mb": arguments.mb, "speeds": speeds, "jit": costs}, file, indent=2)
+        report = {"mb": arguments.mb, "speeds": speeds, "jit": costs}
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

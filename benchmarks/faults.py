@@ -33,6 +33,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arguments import Parser, at_least, megabytes, one_of, quantity
+
 RUN = "5b" * 20
 WARM_ROUNDS = 2
 ROUNDS = 4
@@ -290,20 +292,23 @@ def trial(number: int, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Parse the command line, run the trials, sum up."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--peers", type=int, default=5)
-    parser.add_argument("--mb", type=float, default=64, help="fp32 megabytes of each peer's vector")
-    parser.add_argument("--codec", default="fp32")
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--peers", type=at_least(3), default=5)
+    size = "fp32 megabytes of each peer's vector"
+    parser.add_argument("--mb", type=megabytes, default=64, help=size)
+    parser.add_argument(
+        "--codec", type=one_of("fp32", "bf16", "int8", "int4", "int2"), default="fp32"
+    )
     parser.add_argument(
         "--link-mb",
-        type=float,
+        type=quantity(0, "a number of MB/s"),
         default=25,
         help="megabytes per second that each peer sends and receives at most, so that an exchange "
         "takes seconds; 0: no limit",
     )
-    parser.add_argument("--trials", type=int, default=50)
-    parser.add_argument("--first", type=int, default=0, help="number of the first trial")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--trials", type=at_least(1), default=50)
+    parser.add_argument("--first", type=at_least(0), default=0, help="number of the first trial")
+    parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--number", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -10,7 +10,6 @@ the vector: parameters and momentum.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import threading
 import time
@@ -18,6 +17,7 @@ from collections.abc import Callable
 
 import torch
 
+from benchmarks.arguments import Parser, at_least, megabytes, quantity, several
 from coordinator_free.config import RoundConfig
 from coordinator_free.handoff import SessionClosed
 from coordinator_free.outer import OuterConfig, OuterOptimizer
@@ -103,14 +103,16 @@ async def join(donors: int, numel: int, serve_bps: float) -> tuple[float, list[f
 
 def main() -> None:
     """Parse the command line and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--donors", default="4,1", help="one or several numbers, by commas")
-    parser.add_argument("--mb", type=float, default=256, help="megabytes of the fp32 vector")
-    parser.add_argument("--serve-mb", type=float, default=25, help="MB/s of each donor; 0: no cap")
+    parser = Parser(description=__doc__.splitlines()[0])
+    donors = several(at_least(1))
+    parser.add_argument("--donors", type=donors, default=[4, 1], help="numbers, by commas")
+    parser.add_argument("--mb", type=megabytes, default=256, help="of the fp32 vector")
+    cap = quantity(0, "a number of MB/s")
+    parser.add_argument("--serve-mb", type=cap, default=25, help="MB/s of each donor; 0: no cap")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print("donors  seconds  MB/s  MB from each")
-    for donors in map(int, arguments.donors.split(",")):
+    for donors in arguments.donors:
         numel = int(arguments.mb * 1e6 / 4)
         seconds, sent = asyncio.run(join(donors, numel, arguments.serve_mb * 1e6))
         each = " ".join(f"{one:.0f}" for one in sent)

@@ -9,7 +9,6 @@ matrices, which fuses and sums in an order of its own. With `--numpy`, also with
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import time
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.arguments import Parser, at_least, one_of, several, writable
 from coordinator_free import kernels
 from coordinator_free.gradient import GradientConfig, GradientOptimizer, TensorSpec
 from coordinator_free.gradient_kernels import product
@@ -83,13 +83,14 @@ def product_gflops(rows: int, inner: int, runs: int) -> dict[str, float]:
 
 def main() -> None:
     """Parse the command line, measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--millions", default="10", help=f"of parameters: {list(MODELS)}")
-    parser.add_argument("--kinds", default=",".join(KINDS))
-    parser.add_argument("--threads", default="1,2")
-    parser.add_argument("--runs", type=int, default=5)
+    parser = Parser(description=__doc__.splitlines()[0])
+    sizes = several(one_of(*map(str, MODELS)))
+    parser.add_argument("--millions", type=sizes, default=["10"], help="of parameters")
+    parser.add_argument("--kinds", type=several(one_of(*KINDS)), default=list(KINDS))
+    parser.add_argument("--threads", type=several(at_least(1)), default=[1, 2])
+    parser.add_argument("--runs", type=at_least(1), default=5)
     parser.add_argument("--numpy", action="store_true", help="without numba, too")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers there, too")
+    parser.add_argument("--json", type=writable, help="write the numbers there, too")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     products = {
@@ -103,9 +104,9 @@ def main() -> None:
     rows = []
     for backend in ("numba", "numpy") if arguments.numpy else ("numba",):
         with kernels.torch_only() if backend == "numpy" else contextlib.nullcontext():
-            for millions in map(int, arguments.millions.split(",")):
-                for kind in arguments.kinds.split(","):
-                    for threads in map(int, arguments.threads.split(",")):
+            for millions in map(int, arguments.millions):
+                for kind in arguments.kinds:
+                    for threads in arguments.threads:
                         wall, cpu = step_s(millions, kind, threads, arguments.runs)
                         rows.append(
                             {
@@ -123,8 +124,8 @@ def main() -> None:
                             flush=True,
                         )
     if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump({"products": products, "steps": rows}, file, indent=2)
+        report = {"products": products, "steps": rows}
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":
