@@ -58,8 +58,9 @@ from benchmarks import lockstep, vectors
 from benchmarks.arguments import Parser, at_least, megabytes, one_of, several, writable
 from benchmarks.lockstep import Failed, Peers, Task
 from benchmarks.meter import Meter, machine
+from model.headroom import available_bytes
 
-MEMORY_LIMIT = 16e9  # of all peers together, as estimated; what would need more is left out
+MEMORY_SHARE = 0.8  # of what is free, for all peers together; what would need more is left out
 SWEEP_PEERS = (2, 4, 8, 16)
 SWEEP_MB = (1.0, 8.0, 64.0, 512.0)
 COLUMNS = {
@@ -282,16 +283,18 @@ async def compare(arguments: Namespace) -> int:
         from benchmarks.plot import plot
 
         print(f"\n{plot(report, arguments.json.with_suffix('.png'))}")
-    return 0 if all(row.get("right") for row in rows) else 1
+    return 0 if rows and all(row.get("right") for row in rows) else 1
 
 
 def _fits(name: str, peers: int, mb: float) -> bool:
     """Whether it may be tried; says so if not."""
     system = SYSTEMS[name]
     needed = peers * (system.base_bytes + system.vectors * mb * 1e6)
-    if needed > MEMORY_LIMIT:
+    free = available_bytes()
+    fits = free is None or needed <= MEMORY_SHARE * free
+    if not fits:
         print(f"{name:>8} left out: it would need about {needed / 1e9:.0f} GB")
-    return needed <= MEMORY_LIMIT
+    return fits
 
 
 def _pairs(systems: list[str], codecs: list[str]) -> Iterator[tuple[str, str]]:
@@ -326,6 +329,8 @@ def main() -> None:
         if arguments.json is None:
             Path("build").mkdir(exist_ok=True)
             arguments.json = writable("build/allreduce-sweep.json")
+        if arguments.json.suffix == ".png":
+            parser.error(f"{arguments.json} is where --sweep draws: give --json another name")
     arguments.peers = arguments.peers or (SWEEP_PEERS if arguments.sweep else [4])
     arguments.mb = arguments.mb or (SWEEP_MB if arguments.sweep else [64.0])
     if not sys.platform.startswith("linux"):
