@@ -32,7 +32,7 @@ PAUSE_S = 1.0  # a time-out that is noticed so late was noticed by a process tha
 # Streams that share a link take turns; with less, each of them stops for every moment of another.
 WINDOW = 2
 WINDOW_BYTES = 4 << 20
-SLICE_SHARE = 0.6  # of the exchange's time, after which all contributions have to be there
+SLICE_SHARE = 0.75  # of the exchange, for all contributions to a slice at an even pace
 KEPT_FRAMES = 4  # reduced chunks as they travel: made once for all receivers that keep up
 
 
