@@ -24,7 +24,8 @@ nobody else's share worse, and every t_i(s_i) <= max(pace, t_i(v_i)).
 **Slow peers.** T0, the pace or the time t_i(v_i) within which more than half of the contributors
 and of the receivers can do their own part, whichever is longer, is what the exchange would take if
 nobody waited for the rest. Who cannot do its part within the limit, `patience` * T0, contributes so
-much less that it can, down to a floor: the largest f_i with which it is done at the limit. What a
+much less that it can, down to a floor: the largest f_i with which it is done at the limit. Nobody
+counts on one that cannot do even that: it is tried, and left out of what comes too late. What a
 peer gets cannot be cut: one whose downlink needs longer comes *late*, after a majority has
 committed. `sent` says which chunks a fraction means: other ones every round, evenly spread over the
 slices, so that in time every chunk gets its turn.
@@ -154,7 +155,7 @@ def divide(
         parties: as for `balance`.
         patience: at least 1.
         floor: the smallest fraction that a contributor sends; one that needs longer than the limit
-            for that holds the others up all the same.
+            for that is not counted on, and left out of what comes too late.
 
     Raises:
         ValueError: nobody contributes, receives or may reduce.
@@ -185,9 +186,11 @@ def divide(
         curves = _curves(parties, fractions)
         shares, _ = _balance(curves)
     finish = 0.0
-    for curve, share, behind in zip(curves, shares, late, strict=True):
+    for curve, share, fraction, behind in zip(curves, shares, fractions, late, strict=True):
         up, down = curve.needs(share)
-        finish = max(finish, up, 0.0 if behind else down)
+        # Else one tiny claim would set the time, and with it the deadline, for everybody.
+        hopeless = up > limit and fraction == floor
+        finish = max(finish, 0.0 if hopeless else up, 0.0 if behind else down)
     return Division(
         shares=shares,
         fractions=tuple(fractions),

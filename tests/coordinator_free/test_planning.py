@@ -13,6 +13,7 @@ from coordinator_free.planning import (
     CHUNKS_EACH,
     CHUNKS_EACH_SLOW,
     DEADLINE_STRETCH,
+    WORTH_S,
     Draft,
     Seat,
     deliveries,
@@ -205,3 +206,13 @@ def test_what_is_left_is_divided_by_the_same_links() -> None:
     got = {name: sum(p.stop - p.start for p in slices if p.reducer == name) for name in "abcd"}
     assert got["a"] + got["b"] == 40
     assert got["a"] > got["b"]
+
+
+@pytest.mark.parametrize("claim", [0.001, 1e-6])
+def test_one_tiny_claim_sets_neither_time_nor_deadline_nor_chunks(claim: float) -> None:
+    usual = planned([seat(name, 1) for name in "abcd"])
+    odd = planned([*(seat(name, 1) for name in "abc"), seat("d", claim)])
+    assert usual.expected_s > WORTH_S, "else nothing is left out of it"
+    assert odd.expected_s < 2 * usual.expected_s
+    assert odd.exchange_s < 2 * usual.exchange_s
+    assert all(piece.reducer != "d" for piece in odd.slices)
