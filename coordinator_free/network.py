@@ -161,7 +161,7 @@ class NetworkConfig:
         link: the run to join; None to create one.
         known_peers: addresses of an earlier time, to be tried as well.
         may_be_first: take part also if no address of the link answers: the first to come back.
-        relay: carry the connections of others who cannot reach each other.
+        relay: carry the connections of others who cannot reach each other; no limit holds for them.
     """
 
     identity_path: Path

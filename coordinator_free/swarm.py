@@ -236,6 +236,7 @@ class SwarmOptimizer:
             port=port,
             announce_hosts=announce_hosts,
             link=self._joins,
+            relay=not (upload_bps or download_bps),
         )
         self._upload_bps, self._download_bps = upload_bps, download_bps
         self._workers = workers

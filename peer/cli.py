@@ -439,6 +439,7 @@ def assist(link: str, **options: Any) -> int:
                     port=options["port"],
                     announce_hosts=options["announce_hosts"],
                     link=parsed,
+                    relay=_relays(options),
                 ),
                 grpc_port=options["grpc_port"],
                 upload_bps=_bps(options["upload_mbps"]),
@@ -765,6 +766,7 @@ def _run_node(
                 port=options["port"],
                 announce_hosts=options["announce_hosts"],
                 link=link,
+                relay=_relays(options),
             ),
             run_file=run_file,
             grpc_port=options["grpc_port"],
@@ -855,6 +857,11 @@ def _check_way(options: dict[str, Any]) -> None:
 def _bps(mbps: float) -> float:
     """Bytes per second."""
     return mbps * 1e6 / 8
+
+
+def _relays(options: dict[str, Any]) -> bool:
+    """Whether to carry connections of others, for which no limit holds."""
+    return not (options["upload_mbps"] or options["download_mbps"])
 
 
 def _check_announced(hosts: tuple[str, ...]) -> None:

@@ -370,3 +370,12 @@ def test_failpoints_come_from_the_environment_and_a_slip_in_them_is_one_line(
 ) -> None:
     monkeypatch.setenv("SHOAL_FAILPOINTS", "leader.comit=kill")
     assert "there is no point 'leader.comit'" in refused(capsys, "create", str(run_file))
+
+
+@pytest.mark.parametrize(
+    ("up", "down", "relays"), [(0.0, 0.0, True), (20.0, 0.0, False), (0.0, 5.0, False)]
+)
+def test_a_peer_with_a_limit_carries_nothing_for_others(
+    up: float, down: float, relays: bool
+) -> None:
+    assert cli._relays({"upload_mbps": up, "download_mbps": down}) is relays
