@@ -252,7 +252,7 @@ def _excess(peer: str, role: Mapping[str, Delivery]) -> float:
     """
     ratios = {name: delivery.took_s / delivery.planned_s for name, delivery in role.items()}
     own = ratios.pop(peer)
-    usual = max(1.0, statistics.median_low(ratios.values())) if ratios else 1.0
+    usual = max(1.0, statistics.median_high(ratios.values())) if ratios else 1.0
     return own / usual if math.isfinite(usual) else 1.0
 
 
