@@ -6,8 +6,8 @@
 Every optimizer step of the Trainer is a local step; its samples are those of all devices and
 accumulated batches of this process group. The state of the swarm replaces the model's parameters
 when training begins, and the model ends as that of the last round that ended; if none did, as the
-Trainer left it. Only process 0 of a
-distributed Trainer may speak for it, which is not built here: use one process, or the daemon.
+Trainer left it. Only process 0 of a distributed Trainer may speak for it, which is not built here:
+use one process, or the daemon.
 """
 
 from __future__ import annotations
