@@ -199,16 +199,14 @@ def take_part(seat: Seat, trainer: Trainer, config: RunConfig) -> None:
     """One peer's whole run; where it fails, nobody waits for it."""
     loop = LocalLoop(seat, trainer, config.round, config.local)
     try:
-        work, ahead = loop.begin(), 0
+        work = loop.begin()
         while work is not None:
             if not loop.steps:
-                round_ = loop.round
-                trainer.begin_round(round_, work.seat, work.seats)
-                trainer.set_progress(work.samples + (round_ - work.round) * ahead, work.seats)
+                trainer.begin_round(loop.round, work.seat, work.seats)
+                trainer.set_progress(loop.swarm_samples(), work.seats)
             turn = loop.stepped(trainer.step().samples)
             if turn is not None:
-                assert turn.result is not None
-                work, ahead = turn.work, turn.result.total_samples
+                work = turn.work
     finally:
         seat.leave()
 

@@ -9,15 +9,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from coordinator_free.swarm import Recipe, Step, SwarmOptimizer
+    from coordinator_free.swarm import Recipe, Step, SwarmOptimizer, cosine
     from coordinator_free.trainer_callback import SwarmCallback
 
-__all__ = ["Recipe", "Step", "SwarmCallback", "SwarmOptimizer"]
+__all__ = ["Recipe", "Step", "SwarmCallback", "SwarmOptimizer", "cosine"]
 
 _HOMES = {
     "Recipe": "coordinator_free.swarm",
     "Step": "coordinator_free.swarm",
     "SwarmOptimizer": "coordinator_free.swarm",
+    "cosine": "coordinator_free.swarm",
     "SwarmCallback": "coordinator_free.trainer_callback",
 }
 

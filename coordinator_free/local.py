@@ -149,6 +149,7 @@ class LocalLoop:
         self._handed_in: _HandedIn | None = None
         self._pace = Pace(local, round.parts)
         self._steps = self._samples = 0
+        self._round_samples = 0  # of the last round that ended, by everybody
         self._began = self._stepped_at = 0.0
 
     def begin(self) -> Assignment | None:
@@ -170,6 +171,19 @@ class LocalLoop:
     def steps(self) -> int:
         """Taken for this round."""
         return self._steps
+
+    def swarm_samples(self, step: int = 0) -> int:
+        """What the swarm is trained on, if everybody is as far in this round as this peer.
+
+        Where the round before is still being averaged, it counts as much as the one before that.
+
+        Args:
+            step: samples of a step that this peer is about to take, and every other one with it.
+        """
+        work = self._work
+        assert work is not None
+        ahead = self.round - work.round
+        return work.samples + ahead * self._round_samples + (self._samples + step) * work.seats
 
     @property
     def due_steps(self) -> int:
@@ -273,6 +287,7 @@ class LocalLoop:
         self._stepped_at = time.monotonic()
         wait_s = self._stepped_at - began
         self._pace.exchanged(result.commit_s)
+        self._round_samples = result.total_samples
         state = work.state if work is not None else self._swarm.state
         self._settle(handed_in, result, state)
         self._work = work

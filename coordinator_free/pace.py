@@ -18,8 +18,10 @@ from typing import Literal
 
 LEAST_STEPS = 30  # between two averagings of a parameter: fewer learn little more (recipes, H = 10)
 MOST_STEPS = 500  # more learn much less, whatever the link
-SMOOTHING = 0.3  # weight of the newest step
-REMEMBERED = 5  # exchanges: the median of as many is taken, as one that was mended takes minutes
+# The median of so many is taken: an exchange that was mended takes minutes, and a step within which
+# somebody evaluates or saves takes as long as that does.
+REMEMBERED_EXCHANGES = 5
+REMEMBERED_STEPS = 9
 MARGIN = 1.25  # exchanges vary
 
 
@@ -59,13 +61,13 @@ class Pace:
     def __init__(self, config: LocalConfig, fragments: int) -> None:
         self._config = config
         self._fragments = fragments
-        self._step_s = 0.0  # 0: not measured yet
-        self._exchanges: deque[float] = deque(maxlen=REMEMBERED)
+        self._steps: deque[float] = deque(maxlen=REMEMBERED_STEPS)
+        self._exchanges: deque[float] = deque(maxlen=REMEMBERED_EXCHANGES)
         self._first = True
 
     def stepped(self, seconds: float) -> None:
         """A step took so long."""
-        self._step_s = _smoothed(self._step_s, seconds)
+        self._steps.append(seconds)
 
     def exchanged(self, seconds: float) -> None:
         """An exchange took so long.
@@ -115,6 +117,10 @@ class Pace:
         return bool(self._config.local_steps or (self._step_s and self._exchanges))
 
     @property
+    def _step_s(self) -> float:
+        return statistics.median(self._steps) if self._steps else 0.0
+
+    @property
     def _exchange_s(self) -> float:
         return statistics.median(self._exchanges) if self._exchanges else 0.0
 
@@ -132,7 +138,3 @@ class Pace:
         if not self._config.delay_steps:
             a_round = math.ceil(a_round * (1 / self._config.communication - 1))
         return max(LEAST_STEPS, min(MOST_STEPS, a_round * self._fragments))
-
-
-def _smoothed(before: float, now: float) -> float:
-    return now if not before else before + SMOOTHING * (now - before)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import tempfile
@@ -38,7 +39,7 @@ from blake3 import blake3
 from torch import Tensor, nn
 
 from coordinator_free.config import RoundConfig
-from coordinator_free.gradient import GradientConfig, GradientOptimizer, TensorSpec
+from coordinator_free.gradient import GradientConfig, GradientOptimizer, TensorSpec, schedule
 from coordinator_free.handoff import RoundResult, SessionClosed
 from coordinator_free.local import LocalLoop, Turn
 from coordinator_free.memory import empty_vector
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
 _MARK = "shoal library run"
 _CLOSE_S = 20.0  # for a polite leave
 REJOIN_S = 10.0  # how long a restarted creator looks for those who went on without it
+JOINER_STEPS = 10  # of a joiner's rising learning rate: its optimizer has seen a few batches only
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,6 +161,23 @@ def _check_type(name: str, wanted: Any, value: object) -> None:
         raise ConfigError(f"{name} = {value!r}: it has to be {right}")
 
 
+def cosine(*, warmup_samples: int, total_samples: int) -> Callable[[int], float]:
+    """A linear rise to 1, then half a cosine down to a tenth, by the samples of all peers.
+
+    Args:
+        warmup_samples: where the rise ends.
+        total_samples: where the cosine ends; 0: it stays at 1.
+
+    Raises:
+        ConfigError: a negative number.
+    """
+    if min(warmup_samples, total_samples) < 0:
+        raise ConfigError(
+            f"warmup_samples = {warmup_samples}, total_samples = {total_samples}: use at least 0"
+        )
+    return functools.partial(schedule, warmup_samples=warmup_samples, total_samples=total_samples)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
     """What one `SwarmOptimizer.step` did.
@@ -186,6 +205,10 @@ class SwarmOptimizer:
             gradient are shared all the same, so that all peers start equal.
         optimizer: takes the local steps; None in gradient mode, where all peers take the same one.
         batch_size: samples of one `step`, this peer's weight in the average.
+        schedule: what the optimizer's learning rates are multiplied by in a step after which the
+            swarm is trained on so many samples, as `cosine` gives it: so a peer that joins late is
+            where the others are. None leaves them to you. The first steps of a joiner, and of who
+            had fallen behind, rise to it.
         recipe: of a run that is created; a joiner gets that of the run.
         link: the run to join; None creates one.
         home: folder for this peer's key and checkpoints, with which it comes back as the same peer
@@ -207,6 +230,7 @@ class SwarmOptimizer:
         optimizer: torch.optim.Optimizer | None = None,
         *,
         batch_size: int,
+        schedule: Callable[[int], float] | None = None,
         recipe: Recipe | None = None,
         link: str | None = None,
         home: str | os.PathLike[str] | None = None,
@@ -225,6 +249,7 @@ class SwarmOptimizer:
         self._flat = FlatTensors(dict(named))
         self._optimizer = optimizer
         self._batch_size = batch_size
+        self._schedule = schedule
         self._recipe = recipe or Recipe()
         self._joins = Link.parse(link) if link is not None else None
         self._folder = tempfile.TemporaryDirectory(prefix="shoal-") if home is None else None
@@ -244,6 +269,7 @@ class SwarmOptimizer:
         self._session: Session | None = None
         self._loop: LocalLoop | None = None
         self._begun = self._over = False
+        self._risen = JOINER_STEPS  # steps that were taken, where they have to be smaller at first
 
     # -- its life -----------------------------------------------------------------------------
 
@@ -333,6 +359,7 @@ class SwarmOptimizer:
         # Who founds the run anew has its parameters already, and may wait for others at its first
         # step: they need the link before that.
         if self._joins is not None or resumed:
+            self._risen = 0
             self._begin()
 
     def _own_run(self, identity: Identity) -> tuple[SignedRun, bool]:
@@ -385,7 +412,8 @@ class SwarmOptimizer:
                 self._flat.accumulate(self._batch_size)
             else:
                 assert self._optimizer is not None
-                self._optimizer.step()
+                with self.scheduled():
+                    self._optimizer.step()
                 self._optimizer.zero_grad()
         return self.stepped()
 
@@ -408,6 +436,28 @@ class SwarmOptimizer:
             return Step(round=0 if self._over else self._loop.round, over=self._over)
         return self._took(turn)
 
+    @contextlib.contextmanager
+    def scheduled(self) -> Iterator[None]:
+        """For who takes the local step: within, the learning rates are those of this step."""
+        self._begin_late()
+        factor = self._factor()
+        self._risen = min(self._risen + 1, JOINER_STEPS)
+        groups = self._optimizer.param_groups if self._optimizer is not None else []
+        rates = [group["lr"] for group in groups]
+        try:
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate * factor
+            yield
+        finally:
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate
+
+    def _factor(self) -> float:
+        factor = 1.0
+        if self._schedule is not None and self._loop is not None and not self._over:
+            factor = self._schedule(self._loop.swarm_samples(self._batch_size))
+        return min(factor, (self._risen + 1) / JOINER_STEPS)
+
     def _begin_late(self) -> None:
         if self._loop is not None and not self._over and not self._begun:
             self._begin()
@@ -417,6 +467,7 @@ class SwarmOptimizer:
         self._over = turn.work is None
         if turn.restarted and self._optimizer is not None:
             self._optimizer.state = defaultdict(dict)  # its moments belong to other parameters
+            self._risen = 0
         if self._over and self._session is not None:
             self.adopt()
         return Step(
@@ -469,8 +520,13 @@ class SwarmOptimizer:
         gradient = self._recipe.round.mode == "gradient"
         if gradient and self._optimizer is not None:
             raise ConfigError(
-                "in gradient mode all peers take the same step: give optimizer=None, and set "
-                "recipe.gradient"
+                'in mode "gradient" all peers take the same step, which recipe.gradient says: give '
+                "optimizer=None, in a loop of your own"
+            )
+        if gradient and self._schedule is not None:
+            raise ConfigError(
+                'in mode "gradient" all have one schedule: leave yours out, and set warmup_samples '
+                "and total_samples in recipe.gradient"
             )
         if not gradient and self._optimizer is None:
             raise ConfigError("this run averages parameters: give the optimizer of the local steps")

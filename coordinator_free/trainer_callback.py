@@ -4,14 +4,24 @@
     trainer.train()
 
 Every optimizer step of the Trainer is a local step; its samples are those of all devices and
-accumulated batches of this process group. The state of the swarm replaces the model's parameters
-when training begins, and the model ends as that of the last round that ended; if none did, as the
-Trainer left it. Only process 0 of a distributed Trainer may speak for it, which is not built here:
+accumulated batches of this process (a shorter batch at an epoch's end counts as a whole one). The
+state of the swarm replaces the model's parameters when training begins, and the model ends as that
+of the last round that ended; if none did, as the Trainer left it. If `train` raises, `close` leaves
+the swarm.
+
+The Trainer's own schedule goes by its own steps, so a peer that joins late is behind the others. To
+be where they are:
+
+    SwarmCallback(schedule=cosine(warmup_samples=1000, total_samples=100_000))
+    TrainingArguments(..., lr_scheduler_type="constant")
+
+Only process 0 of a distributed Trainer may speak for it, which is not built here:
 use one process, or the daemon.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import Any
 
@@ -29,7 +39,7 @@ class SwarmCallback(TrainerCallback):
 
     Args:
         options: of `SwarmOptimizer`, without parameters, optimizer and batch size, which the
-            Trainer has: `link`, `recipe`, `home`, ...
+            Trainer has: `link`, `recipe`, `schedule`, `home`, ...
 
     Attributes:
         swarm: while training; its `link` is what others need.
@@ -42,6 +52,7 @@ class SwarmCallback(TrainerCallback):
         self.swarm: SwarmOptimizer | None = None
         self.last: Step | None = None
         self.rounds = 0
+        self._step = contextlib.ExitStack()
 
     def on_train_begin(
         self,
@@ -51,6 +62,7 @@ class SwarmCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Enter the swarm, whose parameters the model has from here on."""
+        self.close()  # of a training that was broken off
         if args.world_size > 1:
             raise ConfigError("a Trainer of several processes cannot be one peer: use one process")
         optimizer = kwargs["optimizer"]
@@ -62,6 +74,27 @@ class SwarmCallback(TrainerCallback):
         )
         self.swarm.enter()
         logger.info("swarm.entered link=%s", self.swarm.link)
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """The learning rates become those of the swarm's schedule."""
+        assert self.swarm is not None
+        self._step.enter_context(self.swarm.scheduled())
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """And are the Trainer's again."""
+        self._step.close()
 
     def on_step_end(
         self,
@@ -85,7 +118,13 @@ class SwarmCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Leave with the swarm's model; what was trained since the last round is not in it."""
-        if self.swarm is not None:
-            if self.rounds:
-                self.swarm.adopt()
-            self.swarm.close()
+        if self.swarm is not None and self.rounds:
+            self.swarm.adopt()
+        self.close()
+
+    def close(self) -> None:
+        """Leave the swarm, as the end of training does; the model stays as it is."""
+        self._step.close()
+        swarm, self.swarm = self.swarm, None
+        if swarm is not None:
+            swarm.close()

@@ -529,7 +529,6 @@ class _Rounds:
         self._trainer = trainer
         self._loop = loop
         self._work = work
-        self._swarm_samples = 0  # of the last round, by everybody
         self._told = False  # what was chosen
         self._losses: dict[int, list[float]] = {}
         self._val_losses: dict[int, float] = {}
@@ -559,10 +558,9 @@ class _Rounds:
     def _begin_work(self) -> None:
         """Deal the blocks of the round that is worked for from now on."""
         work, round_ = self._work, self._loop.round
-        ahead = round_ - work.round
         steps = 0 if self._gradient else self._loop.due_steps
         self._trainer.begin_round(round_, work.seat, work.seats)
-        self._trainer.set_progress(work.samples + ahead * self._swarm_samples, work.seats)
+        self._trainer.set_progress(self._loop.swarm_samples(), work.seats)
         self._losses[round_] = []
         self._began, self._tokens = time.monotonic(), 0
         self._node.update(phase="train", round=round_, step=0, steps=steps)
@@ -588,7 +586,6 @@ class _Rounds:
             logger.warning("node.round_void round=%d: the swarm went on elsewhere", before.round)
             self._trainer.reset()
         if result is not None:
-            self._swarm_samples = result.total_samples
             self._node.update(digest=result.digest)
             if result.round == before.round:
                 losses = self._losses.pop(result.round, [])

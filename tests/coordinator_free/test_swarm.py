@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coordinator_free import Recipe, Step, SwarmOptimizer
+from coordinator_free import Recipe, Step, SwarmOptimizer, cosine
 from coordinator_free.config import RoundConfig
 from coordinator_free.gradient import GradientConfig
 from coordinator_free.pace import LocalConfig
@@ -57,7 +57,10 @@ class Pair:
     """Two peers of one run, each in a thread."""
 
     def __init__(
-        self, recipe: Recipe, optimizer: Callable[[nn.Module], torch.optim.Optimizer | None]
+        self,
+        recipe: Recipe,
+        optimizer: Callable[[nn.Module], torch.optim.Optimizer | None],
+        schedule: Callable[[], Callable[[int], float] | None] = lambda: None,
     ):
         self.nets = [model(), model()]
         with torch.no_grad():
@@ -66,6 +69,7 @@ class Pair:
         self.steps: list[list[Step]] = [[], []]
         self._recipe = recipe
         self._optimizer = optimizer
+        self._schedule = schedule
         self._link = ""
         self._linked = threading.Event()
         self.digests = ["", ""]
@@ -76,7 +80,12 @@ class Pair:
     def _first(self) -> None:
         net = self.nets[0]
         swarm = SwarmOptimizer(
-            net, self._optimizer(net), batch_size=4, recipe=self._recipe, host="127.0.0.1"
+            net,
+            self._optimizer(net),
+            batch_size=4,
+            schedule=self._schedule(),
+            recipe=self._recipe,
+            host="127.0.0.1",
         )
         with swarm:
             self._link = swarm.link
@@ -88,7 +97,12 @@ class Pair:
         assert self._linked.wait(WAIT_S)
         net = self.nets[1]
         swarm = SwarmOptimizer(
-            net, self._optimizer(net), batch_size=4, link=self._link, host="127.0.0.1"
+            net,
+            self._optimizer(net),
+            batch_size=4,
+            schedule=self._schedule(),
+            link=self._link,
+            host="127.0.0.1",
         )
         with swarm:
             assert swarm.recipe == self._recipe
@@ -198,6 +212,76 @@ def test_who_leaves_early_can_take_what_all_share() -> None:
         swarm.adopt()
         flat.read(mine, start=0, stop=flat.numel)
         assert torch.equal(mine, swarm.state.theta_N)
+
+
+class Watched(torch.optim.SGD):
+    """Remembers the learning rate of every step."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__(net.parameters(), lr=0.1)
+        self.rates: list[float] = []
+
+    def step(self, closure: Any = None) -> Any:
+        self.rates.append(self.param_groups[0]["lr"])
+        return super().step(closure)
+
+
+@pytest.mark.slow
+def test_learning_rates_go_by_what_the_swarm_is_trained_on() -> None:
+    recipe = Recipe(
+        round=RoundConfig(start_peers=2, rounds=4, codec="fp32"), local=LocalConfig(local_steps=6)
+    )
+    optimizers: list[Watched] = []
+    asked: list[list[int]] = []
+
+    def watched(net: nn.Module) -> Watched:
+        optimizers.append(Watched(net))
+        return optimizers[-1]
+
+    def schedule() -> Callable[[int], float]:
+        mine: list[int] = []
+        asked.append(mine)
+
+        def half(samples: int) -> float:
+            mine.append(samples)
+            return 0.5
+
+        return half
+
+    pair = Pair(recipe, watched, schedule)
+    for number in (0, 1):
+        before = 0
+        for round, steps in pair.rounds(number):
+            each = [asked[number][at] for at in steps]
+            assert each == [before + 8 * (n + 1) for n in range(len(steps))], (number, round)
+            ended = pair.steps[number][steps[-1]].ended
+            assert ended is not None
+            before += ended.total_samples
+        # A joiner's first steps are smaller: its optimizer knows nothing yet.
+        rising = [0.01, 0.02, 0.03, 0.04, 0.05] if number else []
+        rates = optimizers[number].rates
+        wanted = rising + [0.05] * (len(rates) - len(rising))
+        assert rates == pytest.approx(wanted)
+        assert optimizers[number].param_groups[0]["lr"] == 0.1
+
+
+def test_a_cosine_rises_and_falls() -> None:
+    factor = cosine(warmup_samples=100, total_samples=1100)
+    assert [factor(n) for n in (10, 100, 600, 1100, 9999)] == pytest.approx(
+        [0.1, 1.0, 0.55, 0.1, 0.1]
+    )
+    assert cosine(warmup_samples=0, total_samples=0)(5) == 1.0
+    with pytest.raises(ConfigError, match="at least 0"):
+        cosine(warmup_samples=-1, total_samples=5)
+
+
+def test_gradient_mode_has_the_recipe_s_schedule() -> None:
+    recipe = Recipe(round=RoundConfig(mode="gradient", target_batch=8))
+    with (
+        pytest.raises(ConfigError, match=r"recipe\.gradient"),
+        SwarmOptimizer(model(), batch_size=4, recipe=recipe, schedule=lambda samples: 1.0),
+    ):
+        pass
 
 
 def test_processes_of_one_box_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
