@@ -14,15 +14,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from model.gpt import GPT
+from model.headroom import available_bytes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+
+LEAST_BYTES: Final = 20
+"""A peer's memory for each parameter: it and its gradient, the state's two vectors, and what is
+handed in, in float32. The inner optimizer's moments come on top."""
 
 
 class ModelError(ValueError):
@@ -142,7 +148,8 @@ def build(config: ModelConfig, seed: int) -> LanguageModel:
         A module on the CPU, float32, in training mode; `forward(tokens_BT)` gives logits_BTV.
 
     Raises:
-        ModelError: unknown name, unreadable checkpoint, or a shape the library refuses.
+        ModelError: unknown name, unreadable checkpoint, a shape the library refuses, or one that
+            this machine has no memory for.
     """
     # Constructors of torch and `transformers` draw from the global generator: borrow it and give it
     # back as it was. Only the CPU's: nothing is built on a GPU.
@@ -155,6 +162,9 @@ def build(config: ModelConfig, seed: int) -> LanguageModel:
 
 
 def _gpt(config: ModelConfig) -> GPT:
+    # Not counted on torch's meta device: that imports torch._dynamo, 2.6 s of every peer's start.
+    matrices = 12 * config.layers * config.width**2
+    _check_memory(matrices + 2 * config.vocabulary * config.width)
     return GPT(
         layers=config.layers,
         width=config.width,
@@ -162,6 +172,17 @@ def _gpt(config: ModelConfig) -> GPT:
         context=config.context,
         vocabulary=config.vocabulary,
     )
+
+
+def _check_memory(numel: int) -> None:
+    """Refuse what would get this process killed, before any memory is taken for it."""
+    free = available_bytes()
+    if free is not None and numel * LEAST_BYTES > free:
+        raise ModelError(
+            f"a model of {numel / 1e6:,.0f} M parameters needs {numel * LEAST_BYTES / 1e9:,.1f} GB"
+            f" of memory at least, and {free / 1e9:,.1f} GB are free here: make layers or width"
+            " smaller"
+        )
 
 
 def _transformers(config: ModelConfig) -> TransformersModel:
@@ -217,8 +238,13 @@ def _load_transformers(config: ModelConfig) -> PreTrainedModel:
 def _from_config(shape: PretrainedConfig) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(shape)  # type: ignore[no-untyped-call]
-    return model
+    def make() -> PreTrainedModel:
+        return AutoModelForCausalLM.from_config(shape)  # type: ignore[no-untyped-call, no-any-return]
+
+    with torch.device("meta"):
+        numel = sum(p.numel() for p in make().parameters())
+    _check_memory(numel)
+    return make()
 
 
 def _explain(config: ModelConfig, error: Exception) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.builders import ModelConfig, ModelError, build
+from model.builders import LEAST_BYTES, ModelConfig, ModelError, build
 from model.tokens import ByteTokenizer, CheckpointTokenizer, tokenizer_for
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +40,17 @@ def test_a_model_type_is_built_in_the_shape_asked_for(name):
     assert sum(p.numel() for p in model.parameters()) < 60_000
     assert model.hidden_matrices()
     assert all(256 not in p.shape for p in model.hidden_matrices())
+
+
+@pytest.mark.parametrize("config", [ModelConfig(layers=3, width=64, heads=2), tiny("llama")])
+def test_a_model_that_memory_cannot_hold_is_refused_before_it_is_built(config, monkeypatch):
+    numel = sum(p.numel() for p in build(config, 0).parameters())
+    monkeypatch.setattr("model.builders.available_bytes", lambda: numel * LEAST_BYTES)
+    build(config, 0)
+    monkeypatch.setattr("model.builders.available_bytes", lambda: numel * LEAST_BYTES - 1)
+    with pytest.raises(ModelError, match="make layers or width smaller") as caught:
+        build(config, 0)
+    assert "\n" not in str(caught.value)
 
 
 def test_overrides_reach_the_configuration():
