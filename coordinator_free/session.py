@@ -87,6 +87,7 @@ from dht.records import MAX_COUNT, PEER_TTL_S, PeerRecord
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.1
+TELLINGS = 8  # how often a peer's share of a common batch is told, if that is oftener than ticks
 DELIVER_S = 3.0  # deadline of one small message
 STRANGE_BYTES = 64 << 10  # of one from a peer without a seat: reading it takes the loop's time
 LEAVE_S = 5.0  # how long a polite leaver waits to be let go
@@ -228,6 +229,8 @@ class Session:
         self._fetch_task: asyncio.Task[None] | None = None
         self._failed_fetches = 0
         self._done_so_far = (0, 0)  # round and samples, as training says
+        self._said_so_far = (-1, 0)  # of that what was told between two ticks
+        self._telling = 0.0  # so many more samples are worth telling at once
         self._ending: str | None = None
         self._stop_asked = False
         self._last_round: int | None = None  # to stop after, if that was asked
@@ -269,7 +272,13 @@ class Session:
 
     def progress(self, samples: int) -> None:
         """Say how many samples the work on the last assignment has so far; costs little."""
-        self._done_so_far = (self._handoff.round, samples)
+        round = self._handoff.round
+        said_round, said = self._said_so_far
+        self._done_so_far = (round, samples)
+        # Short steps make a whole batch between two ticks.
+        if round != said_round or samples - said >= self._telling:
+            self._said_so_far = self._done_so_far
+            self._call(self._work_progress)
 
     @property
     def hurried(self) -> bool:
@@ -460,7 +469,7 @@ class Session:
                 raise self._broken
             now, protocol = self._now(), self._protocol
             self._do(protocol.tick(now))
-            self._do(protocol.work_progress(*self._done_so_far, now))
+            self._work_progress()
             self._serving.tidy()
             if self._stop_asked:
                 self._leave()
@@ -886,6 +895,10 @@ class Session:
 
     def _on_failed(self, peer: str) -> None:
         self._do(self._protocol.undeliverable(peer, self._now()))
+
+    def _work_progress(self) -> None:
+        self._telling = self.config.round.target_batch / (TELLINGS * len(self._protocol.head.peers))
+        self._do(self._protocol.work_progress(*self._done_so_far, self._now()))
 
     def _work_done(self, round: int, samples: int) -> None:
         self._do(self._protocol.work_done(round, samples, self._now()))

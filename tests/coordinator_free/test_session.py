@@ -20,7 +20,7 @@ from coordinator_free.handoff import RoundResult, SessionClosed
 from coordinator_free.messages import Heads, Join
 from coordinator_free.outer import OuterConfig, OuterOptimizer
 from coordinator_free.partition import ALIGN_ELEMENTS
-from coordinator_free.session import STRANGE_BYTES, Session, SessionConfig, beginning_after
+from coordinator_free.session import STRANGE_BYTES, TICK_S, Session, SessionConfig, beginning_after
 from coordinator_free.state import State
 from dht.directory import InMemoryDirectory, InMemoryNetwork
 from dht.errors import RoundError, StateError
@@ -264,8 +264,12 @@ async def test_a_newcomer_gets_all_fragments_and_takes_part() -> None:
         assert all(rounds_of(first)[r] == rounds_of(second)[r] for r in shared)
 
 
-async def test_a_batch_of_gradients_ends_when_all_together_have_enough() -> None:
-    """The session's own `progress` is what the leader adds up."""
+@pytest.mark.parametrize("tick_s", [TICK_S, 1.0])
+async def test_a_batch_of_gradients_ends_when_all_together_have_enough(
+    tick_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The session's own `progress` is what the leader adds up, also of steps between two ticks."""
+    monkeypatch.setattr("coordinator_free.session.TICK_S", tick_s)
     config = RoundConfig(mode="gradient", target_batch=60, start_peers=3, rounds=4, codec="fp32")
     async with swarm(config) as three:
         for number in range(3):
