@@ -17,6 +17,7 @@ from dht.errors import ConfigError
 
 ROUND: Final = RoundConfig(codec="int2", fragments=6)
 LOCAL: Final = LocalConfig(local_steps=0, delay_steps=5)
+_DEFAULTS: Final = (ROUND, LOCAL, RoundConfig(), LocalConfig())
 
 BOUNDS: Final[dict[str, tuple[float, float]]] = {
     "fragments": (1, 4096),
@@ -37,6 +38,18 @@ BOUNDS: Final[dict[str, tuple[float, float]]] = {
     "mixing": (0, 1),
 }
 """What the numbers of both must keep to; a creator is a stranger to those who join."""
+
+
+_LOCAL_ALONE: Final = (
+    "fragments",
+    "weight_cap",
+    "local_steps",
+    "communication",
+    "work_s",
+    "delay_steps",
+    "mixing",
+)
+"""Fields that mean nothing in gradient mode."""
 
 
 def feeds_back(local: LocalConfig, codec_name: str) -> bool:
@@ -64,6 +77,14 @@ def check(round: RoundConfig, local: LocalConfig) -> None:
             raise ConfigError(
                 'mode = "gradient" needs a target_batch: the samples of all peers in one step'
             )
+        for name in _LOCAL_ALONE:
+            defaults = [getattr(each, name) for each in _DEFAULTS if hasattr(each, name)]
+            value = getattr(round if hasattr(round, name) else local, name)
+            if value not in defaults:
+                raise ConfigError(
+                    f'{name} = {value} means nothing in mode = "gradient", where all take one step '
+                    "together: leave it out"
+                )
         return
     if round.target_batch:
         raise ConfigError('target_batch is for mode = "gradient": leave it out')

@@ -94,6 +94,15 @@ class Recipe:
         if not 1 <= len(self.name) <= 64 or not self.name.isprintable():
             raise ConfigError(f"name = {self.name!r}: use 1 to 64 printable characters")
         check(self.round, self.local)
+        other, kind = (
+            ("outer", OuterConfig)
+            if self.round.mode == "gradient"
+            else ("gradient", GradientConfig)
+        )
+        if getattr(self, other) != kind():
+            raise ConfigError(
+                f'{other} means nothing with round.mode = "{self.round.mode}": leave it out'
+            )
 
     def dump(self, layout: str) -> bytes:
         """As it is signed and published, for a model of this layout."""

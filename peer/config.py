@@ -62,6 +62,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "optimizer.grad_clip": (0, 1e9),
     "optimizer.weight_decay": (0, 100),
     "training.batch_size": (1, 2**20),
+    "training.micro_batch": (0, 2**20),
     "training.eval_blocks": (1, 2**20),
     **{f"round.{name}": bounds for name, bounds in BOUNDS.items()},
     "outer.lr": (0, 10),
@@ -140,6 +141,11 @@ def load(text: str, source: str) -> RunConfig:
             gradient_config(trainer["optimizer"], round_.target_batch)
         except ConfigError as error:
             raise ConfigError(f"{source}: [optimizer] {error}") from error
+        if _build(OuterConfig, tables["outer"], "outer", source) != OuterConfig():
+            raise ConfigError(
+                f'{source}: [outer] means nothing with mode = "gradient", where all take the step '
+                "that [optimizer] says: leave it out"
+            )
     if "seed" in general:
         trainer["seed"] = general["seed"]
     return RunConfig(

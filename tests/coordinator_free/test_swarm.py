@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from coordinator_free import Recipe, Step, SwarmOptimizer, cosine
 from coordinator_free.config import RoundConfig
 from coordinator_free.gradient import GradientConfig
+from coordinator_free.outer import OuterConfig
 from coordinator_free.pace import LocalConfig
 from coordinator_free.swarm import FlatTensors
 from dht.errors import ConfigError
@@ -302,6 +303,18 @@ def test_processes_of_one_box_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
         ({"round": RoundConfig(rounds=1.5)}, "of type int"),
         ({"gradient": GradientConfig(betas=(0, 0.9))}, "it has to be (float, float)"),
         ({"round": {}}, "give a RoundConfig"),
+        ({"gradient": GradientConfig(lr=0.1)}, 'gradient means nothing with round.mode = "diloco"'),
+        (
+            {"round": RoundConfig(mode="gradient", target_batch=8), "outer": OuterConfig(lr=1.0)},
+            'outer means nothing with round.mode = "gradient"',
+        ),
+        (
+            {
+                "round": RoundConfig(mode="gradient", target_batch=8),
+                "local": LocalConfig(work_s=3.0),
+            },
+            'work_s = 3.0 means nothing in mode = "gradient"',
+        ),
     ],
 )
 def test_a_recipe_that_nobody_could_join_is_refused(settings: dict[str, Any], says: str) -> None:

@@ -88,6 +88,15 @@ def test_what_a_run_file_says_arrives() -> None:
         ("[round]\nlocal_steps = 5", "[round] local_steps = 5 is less than fragments = 6"),
         (f"a = {'[' * 20_000}", "nested too deeply"),
         ("[round]\ndelay_steps = 0\nmode = 'gradient'", '[round] mode = "gradient" needs a target'),
+        (
+            "[round]\nmode = 'gradient'\ntarget_batch = 64\nmixing = 0.9",
+            "mixing = 0.9 means nothing",
+        ),
+        (
+            "[round]\nmode = 'gradient'\ntarget_batch = 64\n[outer]\nlr = 1.0",
+            '[outer] means nothing with mode = "gradient"',
+        ),
+        ("[training]\nmicro_batch = 1000000000", "micro_batch = 1000000000: use 0 to"),
         ("[round]\nfeedback = 'off'", '[round] codec = "int2" needs what it cuts off fed back'),
         ("[round]\nfeedback = 'never'", "feedback = 'never': use 'auto' or 'on' or 'off'"),
         ("[round]\nstart_peers = -1", "start_peers = -1: use 1 to"),
