@@ -44,7 +44,7 @@ class SwarmCallback(TrainerCallback):
     Attributes:
         swarm: while training; its `link` is what others need.
         last: what the last step did.
-        rounds: how many have ended here.
+        rounds: how many have ended in this training.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -63,6 +63,7 @@ class SwarmCallback(TrainerCallback):
     ) -> None:
         """Enter the swarm, whose parameters the model has from here on."""
         self.close()  # of a training that was broken off
+        self.rounds = 0
         if args.world_size > 1:
             raise ConfigError("a Trainer of several processes cannot be one peer: use one process")
         optimizer = kwargs["optimizer"]
