@@ -544,7 +544,7 @@ class SwarmOptimizer:
         if self._recipe.round.mode == "gradient":
             step_samples = self._recipe.round.target_batch
             config = dataclasses.replace(self._recipe.gradient, step_samples=step_samples)
-            return GradientOptimizer(config, self._flat.specs())
+            return GradientOptimizer(config, self._flat.specs(), threads=self._workers)
         return OuterOptimizer(self._recipe.outer)
 
 

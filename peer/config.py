@@ -206,13 +206,21 @@ def localised(config: RunConfig, *, data: str, device: str) -> RunConfig:
     return dataclasses.replace(config, trainer=trainer)
 
 
-def optimizer(config: RunConfig, trainer: Trainer) -> StateOptimizer:
-    """The rule that all peers of a run apply to an average."""
+def optimizer(config: RunConfig, trainer: Trainer, threads: int) -> StateOptimizer:
+    """The rule that all peers of a run apply to an average.
+
+    Args:
+        config: of the run.
+        trainer: has the tensors.
+        threads: for a step on gradients, while training waits for it.
+    """
     if config.round.mode == "diloco":
         return OuterOptimizer(config.outer)
     tensors = [TensorSpec(**dataclasses.asdict(tensor)) for tensor in trainer.tensors()]
     return GradientOptimizer(
-        gradient_config(config.trainer.optimizer, config.round.target_batch), tensors
+        gradient_config(config.trainer.optimizer, config.round.target_batch),
+        tensors,
+        threads=threads,
     )
 
 

@@ -296,7 +296,7 @@ class Node:
             layout=trainer.layout,
             numel=trainer.numel,
             round=config.round,
-            optimizer=optimizer(config, trainer),
+            optimizer=optimizer(config, trainer, self._config.threads or os.cpu_count() or 1),
             feedback=feeds_back(config.local, config.round.codec),
             host=self._config.network.host,
             port=self._config.grpc_port,
