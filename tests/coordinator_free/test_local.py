@@ -634,7 +634,7 @@ GRADIENT = RoundConfig(mode="gradient", target_batch=10, codec="fp32")
 
 def test_in_gradient_mode_a_round_is_a_batch() -> None:
     ends = [Ends(theta=tensor(10.0)), Ends(theta=tensor(20.0))]
-    play = Play.of(tensor(1.0, 2.0), *ends, round=GRADIENT, local_steps=1)
+    play = Play.of(tensor(1.0, 2.0), *ends, round=GRADIENT, local_steps=30)
     play.parameters.gradient_N = tensor(0.5, -0.5)
     assert [play.step() for _ in range(3)] == [None] * 3
     turn = play.turn(0.0)  # 12 samples
@@ -655,7 +655,7 @@ def test_in_gradient_mode_all_is_as_the_swarm_has_it_whatever_happened(
     spans: tuple[tuple[int, int], ...] | None,
 ) -> None:
     ends = [Ends(theta=tensor(10.0), spans=spans), Ends(theta=tensor(20.0), spans=spans)]
-    play = Play.of(tensor(1.0, 2.0), *ends, round=GRADIENT, delay_steps=5)
+    play = Play.of(tensor(1.0, 2.0), *ends, round=GRADIENT, local_steps=0, delay_steps=5)
     play.parameters.gradient_N = tensor(0.5, -0.5)
     for expected in (10.0, 20.0):
         play.turn(*[0.0] * 4)
@@ -667,7 +667,7 @@ def test_in_gradient_mode_what_is_cut_off_is_fed_back() -> None:
     torch.manual_seed(9)
     ends = [Ends(theta=tensor(1.0)), Ends(theta=tensor(2.0))]
     round = RoundConfig(mode="gradient", target_batch=3, codec="int2")
-    play = Play.of(torch.zeros(PIECE), *ends, round=round)
+    play = Play.of(torch.zeros(PIECE), *ends, round=round, local_steps=30)
     play.parameters.gradient_N = torch.randn(PIECE)
     play.turn(0.0)
     play.turn(0.0)
@@ -767,7 +767,7 @@ def test_what_cannot_work_together_is_refused_in_one_line(
         (RoundConfig(fragments=6), LocalConfig(local_steps=0, delay_steps=5)),
         (RoundConfig(fragments=6), LocalConfig(local_steps=10, delay_steps=5)),
         (RoundConfig(mode="gradient", target_batch=1), LocalConfig()),
-        # In gradient mode what is for local steps does not apply, and may stay as it is.
+        # In gradient mode what is for local steps does not apply, and may stay as the defaults are.
         (RoundConfig(mode="gradient", target_batch=64, fragments=6), LocalConfig(delay_steps=5)),
         (RoundConfig(), LocalConfig(mixing=0.0)),
         (RoundConfig(), LocalConfig(mixing=1.0)),
