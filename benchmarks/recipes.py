@@ -175,10 +175,11 @@ class Seat:
         self.next_assignment = self.handoff.next
         self.result = self.handoff.result
 
-    def hand_in(self, update_E: Tensor, samples: int) -> None:
+    def hand_in(self, update_E: Tensor, samples: int) -> bool:
         """See `local.Swarm`."""
-        self.handoff.hand_in(update_E, samples, lambda round, samples: None)
+        finite = self.handoff.hand_in(update_E, samples, lambda round, samples: None)
         self._table.hand_in(self.number, update_E, samples)
+        return finite
 
     def progress(self, samples: int) -> None:
         """Only in gradient mode, which `sync-` stands for here."""

@@ -117,7 +117,7 @@ class Handoff:
             self._taken = self._assignment
             return self._assignment
 
-    def hand_in(self, update_E: Tensor, samples: int, notify: Callable[[int, int], None]) -> None:
+    def hand_in(self, update_E: Tensor, samples: int, notify: Callable[[int, int], None]) -> bool:
         """Offer the work on the last assignment that was taken; never waits.
 
         Args:
@@ -126,13 +126,17 @@ class Handoff:
             samples: trained on.
             notify: called with round and samples, if anybody still waits for this work.
 
+        Returns:
+            Whether it is finite.
+
         Raises:
             SessionClosed: there is no work, or no more.
         """
         work = self._taken  # only this thread sets it
         if work is None:
             raise SessionClosed("there is no work to hand in")
-        if not finite(update_E):
+        sound = finite(update_E)
+        if not sound:
             logger.error("handoff.not_finite round=%d: the work counts for nothing", work.round)
             samples = 0
         with self._changed:
@@ -140,6 +144,7 @@ class Handoff:
             if not self._closed and work is self._assignment and not self._over(work.round):
                 self._update_E = update_E
                 notify(work.round, samples)
+        return sound
 
     def result(self) -> RoundResult:
         """Wait for the end of the round of the last assignment that was taken.

@@ -9,6 +9,7 @@ in the state and w those that are trained, all float32 on the CPU:
                  p = w - w at the hand-in                      trained on while the exchange ran
                  w = Theta + mixing * p;    ref = w - p        so p is in the next D, whole
     missed       w = Theta + KEPT * (w - ref);    ref = Theta  where the mean does not have it
+    not finite   w = ref = Theta, and no E                     of all fragments
 
 In gradient mode D is the gradient, and w is Theta whatever happened.
 
@@ -65,8 +66,8 @@ class Swarm(Protocol):
         """Wait for work; None when there will be none."""
         ...
 
-    def hand_in(self, update_E: Tensor, samples: int) -> None:
-        """Offer the work on the last assignment; never waits."""
+    def hand_in(self, update_E: Tensor, samples: int) -> bool:
+        """Offer the work on the last assignment; never waits. Whether it is finite."""
         ...
 
     def result(self) -> RoundResult:
@@ -97,7 +98,8 @@ class Turn:
         work: what comes next; None if nothing does.
         steps: that were taken for it.
         wait_s: how long training stood still for it.
-        restarted: everything was overwritten: the inner optimizer should begin anew.
+        restarted: everything was overwritten, as the swarm went on from another state, or what
+            this peer had trained was not finite: the inner optimizer should begin anew.
     """
 
     result: RoundResult | None
@@ -113,6 +115,7 @@ class _HandedIn:
     update_E: Tensor
     local_E: Tensor | None  # parameters then; None where nothing is trained on meanwhile
     steps: int
+    finite: bool
 
 
 class LocalLoop:
@@ -263,8 +266,8 @@ class LocalLoop:
         residual_E = self._residuals[number]
         if residual_E is not None:
             update_E.add_(residual_E)
-        self._swarm.hand_in(update_E, self._samples)
-        self._handed_in = _HandedIn(work, update_E, local_E, self._steps)
+        finite = self._swarm.hand_in(update_E, self._samples)
+        self._handed_in = _HandedIn(work, update_E, local_E, self._steps, finite)
         self._steps = self._samples = 0
         self._began = time.monotonic()
 
@@ -288,6 +291,12 @@ class LocalLoop:
         wait_s = self._stepped_at - began
         self._pace.exchanged(result.commit_s)
         self._round_samples = result.total_samples
+        if not handed_in.finite and work is not None:
+            # A NaN would stay in the parameters and in all that is handed in from here on.
+            self._restart(work)
+            return Turn(
+                result=result, work=work, steps=handed_in.steps, wait_s=wait_s, restarted=True
+            )
         state = work.state if work is not None else self._swarm.state
         self._settle(handed_in, result, state)
         self._work = work

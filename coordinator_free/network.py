@@ -101,8 +101,8 @@ class SwarmSession(Running, Protocol):
         """The next round's work, or None when finished or stopped."""
         ...
 
-    def hand_in(self, update_E: Tensor, samples: int, /) -> None:
-        """Offer the work on the last assignment; never waits."""
+    def hand_in(self, update_E: Tensor, samples: int, /) -> bool:
+        """Offer the work on the last assignment; never waits. Whether it is finite."""
         ...
 
     def result(self) -> RoundResult:

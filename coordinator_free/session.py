@@ -246,7 +246,7 @@ class Session:
         """Wait for the next round's work; None when the session is over."""
         return self._handoff.next()
 
-    def hand_in(self, update_E: Tensor, samples: int) -> None:
+    def hand_in(self, update_E: Tensor, samples: int) -> bool:
         """Offer this peer's contribution to the round of the last assignment; never waits.
 
         Args:
@@ -254,10 +254,13 @@ class Session:
                 to be changed before `result` has returned.
             samples: sequences trained on; the weight of this peer in the average.
 
+        Returns:
+            Whether it is finite. If not, it counts for nothing.
+
         Raises:
             SessionClosed: the session is over.
         """
-        self._handoff.hand_in(
+        return self._handoff.hand_in(
             update_E, samples, lambda round, count: self._call(self._work_done, round, count)
         )
 

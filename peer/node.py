@@ -583,7 +583,10 @@ class _Rounds:
         """A round ended; whether there is another one."""
         before, result = self._work, turn.result
         if turn.restarted:
-            logger.warning("node.round_void round=%d: the swarm went on elsewhere", before.round)
+            if result is None:
+                logger.warning(
+                    "node.round_void round=%d: the swarm went on elsewhere", before.round
+                )
             self._trainer.reset()
         if result is not None:
             self._node.update(digest=result.digest)

@@ -52,9 +52,9 @@ def test_all_peers_work_goes_into_the_average_but_that_of_the_lost() -> None:
     handed_in: dict[int, list[torch.Tensor]] = {number: [] for number in range(TASK.peers)}
 
     class Watched(recipes.Seat):
-        def hand_in(self, update_E: torch.Tensor, samples: int) -> None:
+        def hand_in(self, update_E: torch.Tensor, samples: int) -> bool:
             handed_in[self.number].append(update_E.clone())
-            super().hand_in(update_E, samples)
+            return super().hand_in(update_E, samples)
 
     first = Trainer(config.trainer)
     trainers = [first, *(Trainer(config.trainer, first.data) for _ in range(TASK.peers - 1))]

@@ -100,8 +100,9 @@ class Swarm:
             closing=threading.Event(),
         )
 
-    def hand_in(self, update_E: Tensor, samples: int) -> None:
+    def hand_in(self, update_E: Tensor, samples: int) -> bool:
         self.handed_in.append((self.round, update_E.clone(), samples))
+        return bool(update_E.isfinite().all())
 
     def progress(self, samples: int) -> None:
         self.reported.append(samples)
@@ -625,6 +626,28 @@ def test_with_a_delay_a_rounds_time_is_from_hand_in_to_hand_in(
     clock(5.0)
     assert play.step(1.0) is None
     assert len(play.updates) == 2
+
+
+# -- what is not finite -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("delay_steps", [0, 1])
+def test_who_trained_something_that_is_no_number_begins_again_from_the_swarm(
+    delay_steps: int,
+) -> None:
+    ends = [Ends(theta=tensor(float(n + 1)), spans=()) for n in range(3)]
+    play = Play.of(
+        torch.zeros(2 * PIECE), *ends, fragments=2, local_steps=4, delay_steps=delay_steps
+    )
+    turn = play.turn(float("nan"), *[0.0] * (1 + delay_steps))
+    assert turn.restarted
+    assert turn.result is not None
+    assert turn.result.round == 0
+    # The other fragment, which was in no exchange, too.
+    assert play.parameters.w_N.tolist() == [1.0] * PIECE + [0.0] * PIECE
+    turn = play.turn(*[0.5] * (2 + delay_steps))
+    assert not turn.restarted
+    assert play.updates[-1].isfinite().all()
 
 
 # -- gradients --------------------------------------------------------------------------------

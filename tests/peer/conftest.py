@@ -87,7 +87,7 @@ class FakeSession:
     def progress(self, samples: int) -> None:
         self.reported.append(samples)
 
-    def hand_in(self, update_E: Tensor, samples: int) -> None:
+    def hand_in(self, update_E: Tensor, samples: int) -> bool:
         if self.stopped.is_set():
             raise SessionClosed("over")
         self.samples.append(samples)
@@ -95,6 +95,7 @@ class FakeSession:
         theta_E, *moments = self.state.fragments[number].vectors
         trained = Fragment.of((theta_E - update_E, *moments))
         self._next = self.state.then(number, trained)
+        return True
 
     def result(self) -> RoundResult:
         if self.stopped.is_set():
