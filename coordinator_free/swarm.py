@@ -23,23 +23,23 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import tempfile
 import time
 import typing
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from blake3 import blake3
 from torch import Tensor, nn
 
 from coordinator_free.config import RoundConfig
-from coordinator_free.gradient import GradientConfig, GradientOptimizer, TensorSpec, schedule
+from coordinator_free.gradient import GradientConfig, GradientOptimizer, schedule
 from coordinator_free.handoff import RoundResult, SessionClosed
 from coordinator_free.local import LocalLoop, Turn
 from coordinator_free.memory import empty_vector
@@ -49,6 +49,7 @@ from coordinator_free.pace import LocalConfig
 from coordinator_free.recipe import LOCAL, ROUND, check, feeds_back
 from coordinator_free.session import Session, SessionConfig
 from coordinator_free.state import State
+from coordinator_free.tensors import FlatTensors
 from dht.addresses import announced_hosts
 from dht.errors import ConfigError, RecordError
 from dht.identity import Identity
@@ -62,6 +63,8 @@ if TYPE_CHECKING:
 _MARK = "shoal library run"
 _CLOSE_S = 20.0  # for a polite leave
 REJOIN_S = 10.0  # how long a restarted creator looks for those who went on without it
+MOST_SAMPLES = 2**20  # of one step
+MOST_WORKERS = 256
 JOINER_STEPS = 10  # of a joiner's rising learning rate: its optimizer has seen a few batches only
 
 
@@ -87,12 +90,12 @@ class Recipe:
         for name, kind in typing.get_type_hints(type(self)).items():
             value = getattr(self, name)
             if type(value) is not kind:
-                raise ConfigError(f"{name} = {value!r}: give a {kind.__name__}")
+                raise ConfigError(f"{name} = {_shown(value)}: give a {kind.__name__}")
             if dataclasses.is_dataclass(kind):
                 for key, wanted in typing.get_type_hints(kind).items():
                     _check_type(f"{name}.{key}", wanted, getattr(value, key))
         if not 1 <= len(self.name) <= 64 or not self.name.isprintable():
-            raise ConfigError(f"name = {self.name!r}: use 1 to 64 printable characters")
+            raise ConfigError(f"name = {_shown(self.name)}: use 1 to 64 printable characters")
         check(self.round, self.local)
         other, kind = (
             ("outer", OuterConfig)
@@ -127,7 +130,9 @@ class Recipe:
         kinds = typing.get_type_hints(cls)
         unknown = tables.keys() - kinds.keys()
         if unknown or not isinstance(layout, str):
-            raise ConfigError(f"this run has settings that are unknown here: {sorted(unknown)}")
+            raise ConfigError(
+                f"this run has settings that are unknown here: {_shown(sorted(unknown))}"
+            )
         values = {name: _read(kinds[name], name, value) for name, value in tables.items()}
         return cls(**values), layout
 
@@ -135,7 +140,7 @@ class Recipe:
 def _read(kind: type[Any], name: str, value: object) -> Any:
     if kind is str:
         if type(value) is not kind:
-            raise ConfigError(f"this run's {name} = {value!r} is no {kind.__name__}")
+            raise ConfigError(f"this run's {name} = {_shown(value)} is no {kind.__name__}")
         return value
     hints = typing.get_type_hints(kind)
     if not isinstance(value, dict) or value.keys() - hints.keys():
@@ -167,7 +172,7 @@ def _check_type(name: str, wanted: Any, value: object) -> None:
         fits = type(value) is wanted or (wanted is float and type(value) is int)
         right = f"of type {wanted.__name__}"
     if not fits:
-        raise ConfigError(f"{name} = {value!r}: it has to be {right}")
+        raise ConfigError(f"{name} = {_shown(value)}: it has to be {right}")
 
 
 def cosine(*, warmup_samples: int, total_samples: int) -> Callable[[int], float]:
@@ -178,11 +183,15 @@ def cosine(*, warmup_samples: int, total_samples: int) -> Callable[[int], float]
         total_samples: where the cosine ends; 0: it stays at 1.
 
     Raises:
-        ConfigError: a negative number.
+        ConfigError: a negative number, or an end before the warm-up's.
     """
     if min(warmup_samples, total_samples) < 0:
         raise ConfigError(
             f"warmup_samples = {warmup_samples}, total_samples = {total_samples}: use at least 0"
+        )
+    if 0 < total_samples <= warmup_samples:
+        raise ConfigError(
+            f"total_samples = {total_samples} has to be more than warmup_samples = {warmup_samples}"
         )
     return functools.partial(schedule, warmup_samples=warmup_samples, total_samples=total_samples)
 
@@ -211,17 +220,22 @@ class SwarmOptimizer:
 
     Args:
         parameters: a module, or (name, parameter) pairs; float32, each once. Those that need no
-            gradient are shared all the same, so that all peers start equal.
+            gradient are shared all the same, so that all peers start equal; buffers, such as
+            BatchNorm's, are not.
         optimizer: takes the local steps; None in gradient mode, where all peers take the same one.
+            A joiner's begins anew: what it has of steps before belongs to other parameters.
         batch_size: samples of one `step`, this peer's weight in the average.
         schedule: what the optimizer's learning rates are multiplied by in a step after which the
             swarm is trained on so many samples, as `cosine` gives it: so a peer that joins late is
             where the others are. None leaves them to you. The first steps of a joiner, and of who
             had fallen behind, rise to it.
+        hidden_matrices: in gradient mode, what Muon takes; None: all matrices, but a module's
+            embeddings and what it calls its output embeddings.
         recipe: of a run that is created; a joiner gets that of the run.
         link: the run to join; None creates one.
-        home: folder for this peer's key and checkpoints, with which it comes back as the same peer
-            and the run goes on after all have stopped; None for none.
+        home: folder for this peer's key and checkpoints, with which it comes back as the same peer;
+            None for none. After all have stopped, the run's creator can go on with it; its link
+            stays the same where `port` is given.
         host: IP address to listen on.
         port: of libp2p; 0: a free one.
         announce_hosts: what others dial instead of the own addresses; needs `port`.
@@ -240,6 +254,7 @@ class SwarmOptimizer:
         *,
         batch_size: int,
         schedule: Callable[[int], float] | None = None,
+        hidden_matrices: Iterable[Tensor] | None = None,
         recipe: Recipe | None = None,
         link: str | None = None,
         home: str | os.PathLike[str] | None = None,
@@ -250,12 +265,19 @@ class SwarmOptimizer:
         download_bps: float = 0.0,
         workers: int = 2,
     ) -> None:
-        if batch_size < 1:
-            raise ConfigError(f"batch_size = {batch_size}: a step has at least one sample")
+        _check_numbers(batch_size, workers, upload_bps, download_bps)
+        for name, value, kind in (("link", link, str), ("recipe", recipe, Recipe)):
+            if value is not None and not isinstance(value, kind):
+                raise ConfigError(f"{name} = {_shown(value)}: give a {kind.__name__}, or None")
+        if schedule is not None and not callable(schedule):
+            raise ConfigError("schedule: give a function of the swarm's samples, such as cosine()")
         if link is not None and recipe is not None:
             raise ConfigError("a joiner gets the recipe of its run: leave recipe or link out")
-        named = parameters.named_parameters() if isinstance(parameters, nn.Module) else parameters
-        self._flat = FlatTensors(dict(named))
+        self._flat = FlatTensors(parameters, hidden_matrices)
+        if optimizer is not None and not any(
+            self._flat.has(p) for group in optimizer.param_groups for p in group["params"]
+        ):
+            raise ConfigError("optimizer: it has none of these parameters, but those of others")
         self._optimizer = optimizer
         self._batch_size = batch_size
         self._schedule = schedule
@@ -277,7 +299,7 @@ class SwarmOptimizer:
         self._network: Network[Session] | None = None
         self._session: Session | None = None
         self._loop: LocalLoop | None = None
-        self._begun = self._over = False
+        self._entered = self._begun = self._over = False
         self._risen = JOINER_STEPS  # steps that were taken, where they have to be smaller at first
 
     # -- its life -----------------------------------------------------------------------------
@@ -292,6 +314,9 @@ class SwarmOptimizer:
             ConfigError: one line: the link leads nowhere, or the run is another model's.
             SwarmError: the run's state cannot be had.
         """
+        if self._entered:
+            raise ConfigError("a SwarmOptimizer is entered once: make a new one")
+        self._entered = True
         try:
             self._start()
         except BaseException:
@@ -331,7 +356,7 @@ class SwarmOptimizer:
         if self._joins is not None:
             self._recipe, layout = Recipe.load(found.run_file)
             self._check_optimizer()
-            if layout != self._flat.layout:
+            if layout != self._layout:
                 raise ConfigError(
                     "this model is not the run's: names or shapes of the parameters differ"
                 )
@@ -346,7 +371,7 @@ class SwarmOptimizer:
             SessionConfig(
                 run_id=found.run_id,
                 creator=found.creator,
-                layout=self._flat.layout,
+                layout=self._layout,
                 numel=self._flat.numel,
                 round=recipe.round,
                 optimizer=self._state_optimizer(),
@@ -368,12 +393,12 @@ class SwarmOptimizer:
         # Who founds the run anew has its parameters already, and may wait for others at its first
         # step: they need the link before that.
         if self._joins is not None or resumed:
-            self._risen = 0
+            self._begin_anew()
             self._begin()
 
     def _own_run(self, identity: Identity) -> tuple[SignedRun, bool]:
         """The run to publish, and whether it is one that this peer created before."""
-        raw = self._recipe.dump(self._flat.layout)
+        raw = self._recipe.dump(self._layout)
         kept = self._home / "run"
         with contextlib.suppress(OSError, RecordError):
             run = SignedRun.from_bytes(kept.read_bytes())
@@ -393,9 +418,24 @@ class SwarmOptimizer:
         assert self._network is not None
         self._begun = True
         if self._loop.begin() is None:
-            self._over = True
-            if self._network.failure is not None:
-                raise self._network.failure
+            self._end()
+
+    def _end(self) -> None:
+        """There is no more work: either the run is over, or something went wrong."""
+        self._over = True
+        network = self._network
+        if network is not None:
+            network.join(_CLOSE_S)  # what went wrong is known then
+            if network.failure is not None:
+                raise network.failure
+            with contextlib.suppress(SessionClosed):  # stopped before there was a state
+                self.adopt()
+
+    def _begin_anew(self) -> None:
+        """The parameters are not those that the optimizer has known."""
+        self._risen = 0
+        if self._optimizer is not None:
+            self._optimizer.state = defaultdict(dict)
 
     def close(self) -> None:
         """Leave the swarm politely; the parameters stay as they are."""
@@ -413,6 +453,7 @@ class SwarmOptimizer:
         """After `backward`: take a step, clear the gradients, and do what is due with the swarm.
 
         Raises:
+            ConfigError: the swarm was not entered.
             SwarmError: the swarm cannot be reached any more, or what it has is not to be trusted.
         """
         self._begin_late()
@@ -424,26 +465,37 @@ class SwarmOptimizer:
                 with self.scheduled():
                     self._optimizer.step()
                 self._optimizer.zero_grad()
-        return self.stepped()
+        return self._stepped()
 
     def stepped(self) -> Step:
-        """The same where somebody else has taken the local step already."""
+        """The same where somebody else has taken the local step already.
+
+        With a `torch.amp.GradScaler`:
+
+            with swarm.scheduled():
+                scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            step = swarm.stepped()
+
+        Raises:
+            ConfigError: the swarm was not entered, or is in gradient mode, which has no such step.
+            SwarmError: as with `step`.
+        """
+        if self._recipe.round.mode == "gradient":
+            raise ConfigError('in mode "gradient" nobody takes a step of their own: use step()')
+        return self._stepped()
+
+    def _stepped(self) -> Step:
         self._begin_late()
         if self._loop is None or self._over:
             return Step(round=0, over=True)
         try:
             turn = self._loop.stepped(self._batch_size)
         except SessionClosed:
-            turn = None
-            self._over = True
-        network = self._network
-        if self._over and network is not None:
-            network.join(_CLOSE_S)
-            if network.failure is not None:
-                raise network.failure
-        if turn is None:
-            return Step(round=0 if self._over else self._loop.round, over=self._over)
-        return self._took(turn)
+            self._end()
+            return Step(round=0, over=True)
+        return self._took(turn) if turn is not None else Step(round=self._loop.round)
 
     @contextlib.contextmanager
     def scheduled(self) -> Iterator[None]:
@@ -464,19 +516,27 @@ class SwarmOptimizer:
     def _factor(self) -> float:
         factor = 1.0
         if self._schedule is not None and self._loop is not None and not self._over:
-            factor = self._schedule(self._loop.swarm_samples(self._batch_size))
+            samples = self._loop.swarm_samples(self._batch_size)
+            factor = self._schedule(samples)
+            if not (math.isfinite(factor) and factor >= 0):
+                raise ConfigError(
+                    f"schedule({samples}) = {factor}: it has to be a number of at least 0"
+                )
+        if self._risen >= JOINER_STEPS:
+            return factor
         return min(factor, (self._risen + 1) / JOINER_STEPS)
 
     def _begin_late(self) -> None:
+        if not self._entered:
+            raise ConfigError("the swarm was not entered: write 'with swarm:' around the loop")
         if self._loop is not None and not self._over and not self._begun:
             self._begin()
 
     def _took(self, turn: Turn) -> Step:
         assert self._loop is not None
         self._over = turn.work is None
-        if turn.restarted and self._optimizer is not None:
-            self._optimizer.state = defaultdict(dict)  # its moments belong to other parameters
-            self._risen = 0
+        if turn.restarted:
+            self._begin_anew()
         if self._over and self._session is not None:
             self.adopt()
         return Step(
@@ -502,6 +562,11 @@ class SwarmOptimizer:
     # -- what can be seen ---------------------------------------------------------------------
 
     @property
+    def pace(self) -> str:
+        """How many steps of this peer are between two averagings, and why: one line."""
+        return self._loop.pace if self._loop is not None else ""
+
+    @property
     def link(self) -> str:
         """By which others join."""
         link = self._network.link if self._network is not None else None
@@ -524,6 +589,10 @@ class SwarmOptimizer:
         return self._session.state
 
     # -- inside -------------------------------------------------------------------------------
+
+    @property
+    def _layout(self) -> str:
+        return self._flat.layout(in_step=self._recipe.round.mode == "gradient")
 
     def _check_optimizer(self) -> None:
         gradient = self._recipe.round.mode == "gradient"
@@ -548,91 +617,22 @@ class SwarmOptimizer:
         return OuterOptimizer(self._recipe.outer)
 
 
-class FlatTensors:
-    """Named float32 tensors as one flat vector (`local.Parameters`).
+def _check_numbers(batch_size: int, workers: int, upload_bps: float, download_bps: float) -> None:
+    for name, number, most in (
+        ("batch_size", batch_size, MOST_SAMPLES),
+        ("workers", workers, MOST_WORKERS),
+    ):
+        if type(number) is not int or not 1 <= number <= most:
+            raise ConfigError(f"{name} = {_shown(number)}: use a whole number from 1 to {most}")
+    for name, rate in (("upload_bps", upload_bps), ("download_bps", download_bps)):
+        if type(rate) not in (int, float) or not 0 <= rate < math.inf:
+            raise ConfigError(f"{name} = {_shown(rate)}: use bytes per second, or 0 for no limit")
 
-    Args:
-        named: contiguous, in an order that is the same in all peers.
 
-    Raises:
-        ConfigError: there is none, or one that cannot be averaged.
-    """
-
-    def __init__(self, named: Mapping[str, Tensor]) -> None:
-        if not named:
-            raise ConfigError("there are no parameters to train")
-        for name, tensor in named.items():
-            if tensor.dtype != torch.float32 or not tensor.is_contiguous():
-                raise ConfigError(
-                    f"parameter {name} is {tensor.dtype}"
-                    f"{'' if tensor.is_contiguous() else ' and not contiguous'}: keep parameters in"
-                    " float32, and use torch.autocast for bf16"
-                )
-        self._named = dict(named)
-        self._starts: list[int] = []
-        self.numel = 0
-        for tensor in self._named.values():
-            self._starts.append(self.numel)
-            self.numel += tensor.numel()
-        shapes = json.dumps([[name, list(t.shape)] for name, t in self._named.items()])
-        self.layout = blake3(shapes.encode()).hexdigest(length=16)
-        self._sum_N: Tensor | None = None
-        self._samples = 0
-
-    def specs(self) -> tuple[TensorSpec, ...]:
-        """What is where."""
-        return tuple(
-            TensorSpec(
-                name=name,
-                start=start,
-                shape=tuple(tensor.shape),
-                matrix=tensor.ndim == 2,
-                decay=tensor.ndim >= 2,
-            )
-            for start, (name, tensor) in zip(self._starts, self._named.items(), strict=True)
-        )
-
-    @torch.no_grad()
-    def read(self, out_S: Tensor, /, *, start: int, stop: int) -> Tensor:
-        """Copy elements start .. stop out."""
-        for flat, low, high in self._pieces(start, stop, lambda tensor: tensor):
-            out_S[low:high].copy_(flat)
-        return out_S
-
-    @torch.no_grad()
-    def write(self, vector_S: Tensor, /, *, start: int, stop: int) -> None:
-        """Overwrite elements start .. stop."""
-        for flat, low, high in self._pieces(start, stop, lambda tensor: tensor):
-            flat.copy_(vector_S[low:high])
-
-    @torch.no_grad()
-    def accumulate(self, samples: int) -> None:
-        """Add the gradients, means over so many samples, to those before, and clear them."""
-        if self._sum_N is None:
-            self._sum_N = torch.zeros(self.numel)
-        for flat, low, high in self._pieces(0, self.numel, lambda tensor: tensor.grad):
-            self._sum_N[low:high].add_(flat.cpu(), alpha=samples)
-        for tensor in self._named.values():
-            tensor.grad = None
-        self._samples += samples
-
-    def gradient(self, out_N: Tensor, /) -> Tensor:
-        """The mean gradient over all samples since the last call."""
-        assert self._sum_N is not None
-        torch.div(self._sum_N, self._samples, out=out_N)
-        self._sum_N.zero_()
-        self._samples = 0
-        return out_N
-
-    def _pieces(
-        self, start: int, stop: int, of: Callable[[Tensor], Tensor | None]
-    ) -> Iterator[tuple[Tensor, int, int]]:
-        """The memory of all tensors in a span, and where in the span each is."""
-        for at, tensor in zip(self._starts, self._named.values(), strict=True):
-            low, high = max(at, start), min(at + tensor.numel(), stop)
-            source = of(tensor) if low < high else None
-            if source is not None:
-                yield source.reshape(-1)[low - at : high - at], low - start, high - start
+def _shown(value: object) -> str:
+    """As a line can bear it, whoever sent it."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _make_session(config: SessionConfig, identity: Identity, directory: Directory) -> Session:

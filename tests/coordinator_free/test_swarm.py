@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import threading
 from collections.abc import Callable
@@ -16,12 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coordinator_free import Recipe, Step, SwarmOptimizer, cosine
+from coordinator_free.catchup import CatchUp
 from coordinator_free.config import RoundConfig
 from coordinator_free.gradient import GradientConfig
 from coordinator_free.outer import OuterConfig
 from coordinator_free.pace import LocalConfig
-from coordinator_free.swarm import FlatTensors
-from dht.errors import ConfigError
+from coordinator_free.tensors import FlatTensors
+from dht.errors import ConfigError, StateError
 from model import optimizers
 
 WAIT_S = 60.0
@@ -207,7 +209,7 @@ def test_who_leaves_early_can_take_what_all_share() -> None:
         for number in range(6):
             loss_of(net, number).backward()
             swarm.step()
-        flat = FlatTensors(dict(net.named_parameters()))
+        flat = FlatTensors(net)
         mine = flat.read(torch.empty(flat.numel), start=0, stop=flat.numel)
         assert not torch.equal(mine, swarm.state.theta_N)
         swarm.adopt()
@@ -272,8 +274,9 @@ def test_a_cosine_rises_and_falls() -> None:
         [0.1, 1.0, 0.55, 0.1, 0.1]
     )
     assert cosine(warmup_samples=0, total_samples=0)(5) == 1.0
-    with pytest.raises(ConfigError, match="at least 0"):
-        cosine(warmup_samples=-1, total_samples=5)
+    for numbers in ((-1, 5), (10, 5), (10, 10)):
+        with pytest.raises(ConfigError, match=r"at least 0|more than"):
+            cosine(warmup_samples=numbers[0], total_samples=numbers[1])
 
 
 def test_gradient_mode_has_the_recipe_s_schedule() -> None:
@@ -283,6 +286,132 @@ def test_gradient_mode_has_the_recipe_s_schedule() -> None:
         SwarmOptimizer(model(), batch_size=4, recipe=recipe, schedule=lambda samples: 1.0),
     ):
         pass
+
+
+def test_a_schedule_may_go_beyond_one_but_not_be_no_number() -> None:
+    net = model()
+    optimizer = Watched(net)
+    recipe = Recipe(round=RoundConfig(codec="fp32"), local=LocalConfig(local_steps=50))
+    factors = iter([5.0, math.nan])
+    swarm = SwarmOptimizer(
+        net,
+        optimizer,
+        batch_size=4,
+        recipe=recipe,
+        schedule=lambda n: next(factors),
+        host="127.0.0.1",
+    )
+    with swarm:
+        loss_of(net, 0).backward()
+        swarm.step()
+        assert optimizer.rates == [pytest.approx(0.5)]
+        with pytest.raises(ConfigError, match=r"schedule\(8\) = nan"):
+            swarm.step()
+        assert swarm.pace == "50: as configured"
+
+
+def test_a_swarm_is_entered_once_and_before_its_first_step() -> None:
+    net = model()
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    swarm = SwarmOptimizer(net, optimizer, batch_size=4, host="127.0.0.1")
+    with pytest.raises(ConfigError, match="was not entered"):
+        swarm.step()
+    with swarm:
+        with pytest.raises(ConfigError, match="entered once"):
+            swarm.enter()
+        loss_of(net, 0).backward()
+        assert not swarm.step().over, "the first one goes on"
+    with pytest.raises(ConfigError, match="entered once"):
+        swarm.enter()
+    assert swarm.step().over
+
+
+def test_the_optimizer_of_another_model_is_refused() -> None:
+    optimizer = torch.optim.SGD(model().parameters(), 0.1)
+    with pytest.raises(ConfigError, match="none of these parameters"):
+        SwarmOptimizer(model(), optimizer, batch_size=4)
+
+
+def test_in_gradient_mode_there_is_no_step_of_ones_own() -> None:
+    recipe = Recipe(round=RoundConfig(mode="gradient", target_batch=8, codec="fp32"))
+    with (
+        SwarmOptimizer(model(), batch_size=4, recipe=recipe, host="127.0.0.1") as swarm,
+        pytest.raises(ConfigError, match=r"use step\(\)"),
+    ):
+        swarm.stepped()
+
+
+@pytest.mark.slow
+def test_what_is_frozen_stays_in_gradient_mode() -> None:
+    net = model()
+    frozen = next(net.parameters()).requires_grad_(False)
+    before = frozen.clone()
+    recipe = Recipe(
+        round=RoundConfig(mode="gradient", target_batch=4, codec="fp32", rounds=5),
+        gradient=GradientConfig(lr=0.1),
+    )
+    with SwarmOptimizer(net, batch_size=4, recipe=recipe, host="127.0.0.1") as swarm:
+        train(swarm, net, lambda n: n)
+    assert torch.equal(frozen, before)
+    assert not torch.equal(list(net.parameters())[2], list(model().parameters())[2])
+
+
+def test_a_joiner_that_finds_no_state_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, other = model(), model()
+
+    async def find(self: CatchUp, seconds: float) -> None:
+        raise StateError("nobody who has the run's state could be found")
+
+    with SwarmOptimizer(
+        net, torch.optim.SGD(net.parameters(), 0.1), batch_size=4, host="127.0.0.1"
+    ) as swarm:
+        monkeypatch.setattr(CatchUp, "find", find)
+        joiner = SwarmOptimizer(
+            other,
+            torch.optim.SGD(other.parameters(), 0.1),
+            batch_size=4,
+            link=swarm.link,
+            host="127.0.0.1",
+        )
+        with pytest.raises(StateError, match="nobody who has"):
+            joiner.enter()
+
+
+@pytest.mark.slow
+def test_a_run_that_is_over_leaves_its_model_also_to_who_comes_back(tmp_path: Path) -> None:
+    recipe = Recipe(round=RoundConfig(codec="fp32", rounds=3), local=LocalConfig(local_steps=2))
+    ends = []
+    for _ in range(2):
+        net = model()
+        optimizer = torch.optim.SGD(net.parameters(), 0.1)
+        with SwarmOptimizer(
+            net, optimizer, batch_size=4, recipe=recipe, home=tmp_path, host="127.0.0.1"
+        ) as swarm:
+            train(swarm, net, lambda n: n)
+        flat = FlatTensors(net)
+        ends.append(flat.read(torch.empty(flat.numel), start=0, stop=flat.numel))
+    assert torch.equal(*ends)
+    assert not torch.equal(next(net.parameters()), next(model().parameters()))
+
+
+@pytest.mark.slow
+def test_a_joiner_s_optimizer_begins_anew() -> None:
+    recipe = Recipe(
+        round=RoundConfig(start_peers=2, rounds=2, codec="fp32"), local=LocalConfig(local_steps=5)
+    )
+    optimizers: list[torch.optim.AdamW] = []
+
+    def used(net: nn.Module) -> torch.optim.Optimizer:
+        optimizers.append(torch.optim.AdamW(net.parameters(), lr=1e-2))
+        for seed in range(50):
+            loss_of(net, seed).backward()
+            optimizers[-1].step()
+            optimizers[-1].zero_grad()
+        return optimizers[-1]
+
+    pair = Pair(recipe, used)
+    taken = [next(iter(o.state.values()))["step"].item() for o in optimizers]
+    assert taken == [50 + len(pair.steps[0]), len(pair.steps[1])]
 
 
 def test_processes_of_one_box_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,9 +503,20 @@ def test_a_run_goes_on_from_its_home(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"batch_size": 0}, "at least one sample"),
+        ({"batch_size": 0}, "batch_size = 0: use a whole number"),
         ({"batch_size": 1, "link": "shoal://nonsense"}, "run id"),
         ({"batch_size": 1, "recipe": Recipe(), "link": "shoal://x"}, "leave recipe or link out"),
+        ({"batch_size": 8.5}, "batch_size = 8.5: use a whole number"),
+        ({"batch_size": True}, "batch_size = True: use a whole number"),
+        ({"batch_size": 2**70}, "from 1 to 1048576"),
+        ({"batch_size": "8"}, "batch_size = '8': use a whole number"),
+        ({"batch_size": 1, "workers": 0}, "workers = 0"),
+        ({"batch_size": 1, "upload_bps": -1}, "upload_bps = -1"),
+        ({"batch_size": 1, "download_bps": float("nan")}, "download_bps = nan"),
+        ({"batch_size": 1, "recipe": {}}, "recipe = {}: give a Recipe"),
+        ({"batch_size": 1, "link": 5}, "link = 5: give a str"),
+        ({"batch_size": 1, "schedule": 0.5}, "schedule: give a function"),
+        ({"batch_size": 1, "hidden_matrices": [torch.zeros(2, 2)]}, "no matrix of this model"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_starts(
@@ -386,41 +526,6 @@ def test_what_cannot_be_is_refused_before_anything_starts(
     with pytest.raises(ConfigError, match=says) as caught:
         SwarmOptimizer(net, torch.optim.SGD(net.parameters(), 0.1), **options)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
-
-
-def test_only_float32_can_be_averaged() -> None:
-    with pytest.raises(ConfigError, match="float32"):
-        FlatTensors({"half": torch.zeros(3, dtype=torch.bfloat16)})
-    with pytest.raises(ConfigError, match="contiguous"):
-        FlatTensors({"turned": torch.zeros(3, 4).t()})
-    with pytest.raises(ConfigError, match="no parameters"):
-        FlatTensors({})
-
-
-@pytest.mark.parametrize(("start", "stop"), [(0, 300), (10, 11), (31, 290), (256, 300)])
-def test_a_span_is_read_and_written_alone(start: int, stop: int) -> None:
-    named = dict(model().named_parameters())
-    flat = FlatTensors(named)
-    before_N = flat.read(torch.empty(flat.numel), start=0, stop=flat.numel)
-    flat.write(torch.arange(float(stop - start)), start=start, stop=stop)
-    after_N = flat.read(torch.empty(flat.numel), start=0, stop=flat.numel)
-    assert torch.equal(after_N[start:stop], torch.arange(float(stop - start)))
-    assert torch.equal(after_N[:start], before_N[:start])
-    assert torch.equal(after_N[stop:], before_N[stop:])
-
-
-def test_gradients_are_means_over_all_samples() -> None:
-    net = model()
-    flat = FlatTensors(dict(net.named_parameters()))
-    for seed in (1, 2):
-        loss_of(net, seed).backward()
-        flat.accumulate(4)
-    assert all(p.grad is None for p in net.parameters())
-    mean_N = flat.gradient(torch.empty(flat.numel))
-    inputs, targets = (torch.cat(part) for part in zip(batch(1), batch(2), strict=True))
-    F.mse_loss(net(inputs), targets).backward()
-    expected_N = torch.cat([p.grad.reshape(-1) for p in net.parameters() if p.grad is not None])
-    assert torch.allclose(mean_N, expected_N, atol=1e-6)
 
 
 def test_a_recipe_is_read_back_as_it_was_published() -> None:
