@@ -88,6 +88,11 @@ def check(round: RoundConfig, local: LocalConfig) -> None:
         return
     if round.target_batch:
         raise ConfigError('target_batch is for mode = "gradient": leave it out')
+    if 0 < round.rounds < round.fragments:
+        raise ConfigError(
+            f"rounds = {round.rounds} is less than fragments = {round.fragments}: a part of the"
+            f" model would never be averaged; set fragments = {round.rounds} or less"
+        )
     if 0 < local.local_steps < round.fragments:
         raise ConfigError(
             f"local_steps = {local.local_steps} is less than fragments = {round.fragments}: every "

@@ -88,6 +88,7 @@ logger = logging.getLogger(__name__)
 
 TICK_S = 0.1
 TELLINGS = 8  # how often a peer's share of a common batch is told, if that is oftener than ticks
+WARN_S = 60.0  # between two warnings of the same thing
 DELIVER_S = 3.0  # deadline of one small message
 STRANGE_BYTES = 64 << 10  # of one from a peer without a seat: reading it takes the loop's time
 LEAVE_S = 5.0  # how long a polite leaver waits to be let go
@@ -230,6 +231,7 @@ class Session:
         self._failed_fetches = 0
         self._done_so_far = (0, 0)  # round and samples, as training says
         self._said_so_far = (-1, 0)  # of that what was told between two ticks
+        self._warn_at = 0.0
         self._telling = 0.0  # so many more samples are worth telling at once
         self._ending: str | None = None
         self._stop_asked = False
@@ -473,6 +475,7 @@ class Session:
             now, protocol = self._now(), self._protocol
             self._do(protocol.tick(now))
             self._work_progress()
+            self._warn_outside(now)
             self._serving.tidy()
             if self._stop_asked:
                 self._leave()
@@ -898,6 +901,17 @@ class Session:
 
     def _on_failed(self, peer: str) -> None:
         self._do(self._protocol.undeliverable(peer, self._now()))
+
+    def _warn_outside(self, now: float) -> None:
+        """Only members let anybody in: without them a newcomer waits, and should know why."""
+        protocol = self._protocol
+        if protocol.is_member or protocol.membership.live() or now < self._warn_at:
+            return
+        self._warn_at = now + WARN_S
+        logger.warning(
+            "session.outside none of the run's %d members answers: waiting for one to come back",
+            len(protocol.head.peers),
+        )
 
     def _work_progress(self) -> None:
         self._telling = self.config.round.target_batch / (TELLINGS * len(self._protocol.head.peers))

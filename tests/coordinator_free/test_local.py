@@ -753,6 +753,11 @@ IMPOSSIBLE = {
         LocalConfig(),
         'target_batch is for mode = "gradient"',
     ),
+    "a run that ends before its first cycle": (
+        RoundConfig(fragments=6, rounds=5),
+        LocalConfig(),
+        "rounds = 5 is less than fragments = 6",
+    ),
     "rounds without a step": (
         RoundConfig(fragments=6),
         LocalConfig(local_steps=5),
