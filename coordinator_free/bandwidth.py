@@ -6,9 +6,11 @@ windowed maximum of the delivery rate). A stretch begins where bytes were seen t
 for two sampling intervals more than it lasted. One makes up for its ends, which are known only so
 well; with the other, the best of many short stretches of a speed that trembles is hardly more than
 its mean. So a long busy stretch is measured exactly, a short one too low by the share of two
-intervals, and no steady link too high. Between exchanges a measurement fades: fast if a later
-exchange used the link steadily and was slower, slowly if that left it idle for most of the time,
-which says little.
+intervals, and no steady link too high. A link that is known counts as slower only when an exchange
+has tested it, as one that was given little, or waited for others, moved little: an uplink while
+bytes waited for it, a downlink in an exchange that took much longer than planned, and not because
+of the uplink. Then the new rate counts, whatever was known. A downlink is not tested by more than
+others send; `settle` allows for that.
 
 **Believing.** A claim is checked where it matters: by when a reducer's slice is done, and when a
 contributor has sent its part. `Trust` is one member's view: of a peer that was much later than
@@ -36,15 +38,20 @@ UNKNOWN = 0.0
 MIN_BPS, MAX_BPS = 1e3, 1e12  # no plan is made for less or more, whatever is claimed
 
 # -- measuring --------------------------------------------------------------------------------
+# Seconds that a stretch lasts at least, or half of a short exchange: in less, a bucket's burst or
+# what piled up behind a lost packet looks like speed. But the first moments of an exchange can be
+# the only ones in which a fast peer is not held up by slow ones.
+SHORTEST_S = 0.35
 MIN_SAMPLES = 4  # of an exchange that is over sooner nothing is learned
 MIN_BYTES = 1 << 14  # one that moved less, as where the other side is cut off, says nothing either
 MAX_SAMPLES = 2048  # kept of one exchange; of a longer one every second, every fourth...
 LADDER = 1.25  # stretches of every length are tried, but for this factor
 STEADY = 0.5  # an exchange that used the link for this part of the time tests it
-FADE = 0.7  # an older measurement's part after an exchange that was slower throughout
-IDLE_FADE = 0.98  # the same after one that left the link idle
 
 # -- believing --------------------------------------------------------------------------------
+# Of the usual uplink. Who reduces nothing gets its result at half of the pace at which the others
+# send: a downlink that was seen to carry so much has not been seen to be the slower of the two.
+NO_SLOWER = 0.5
 LATE = 1.5  # times the plan's time: more is a wrong claim, less can be chance
 LATE_S = 0.25  # and at least so much more: a short exchange is late by a moment's load
 RAISE = 1.25  # a round, while a peer keeps to time
@@ -78,12 +85,12 @@ _ANY = Rate(up_bps=UNKNOWN, down_bps=UNKNOWN)
 class Gauge:
     """The speed of one peer's links, from what its exchanges moved.
 
-    Bytes count when they have left or arrived: what a socket has merely taken would make the
-    filling of its buffer look like speed.
+    Bytes count when they have arrived: what a socket has merely taken would make the filling of its
+    buffer look like speed.
     """
 
     def __init__(self) -> None:
-        self._samples: list[tuple[float, int, int]] = []
+        self._samples: list[tuple[float, int, int, bool | None]] = []
         self._every = 1  # only this one of so many samples is kept
         self._skipped = 0
         self._up = UNKNOWN
@@ -94,36 +101,56 @@ class Gauge:
         """What is known so far."""
         return Rate(up_bps=self._up, down_bps=self._down)
 
-    def sample(self, now: float, up_bytes: int, down_bytes: int) -> None:
-        """What has passed by now, counted from wherever; every 50 to 100 ms while exchanging."""
+    def sample(self, now: float, up_bytes: int, down_bytes: int, full: bool | None = None) -> None:
+        """What has passed by now; every 50 to 100 ms while exchanging.
+
+        Args:
+            now: seconds.
+            up_bytes: that others have got, counted from wherever.
+            down_bytes: that arrived here.
+            full: whether bytes wait for the uplink; None where that is unknown.
+        """
         if self._samples and now <= self._samples[-1][0]:
             return
         self._skipped += 1
         if self._skipped < self._every:
             return
         self._skipped = 0
-        self._samples.append((now, up_bytes, down_bytes))
+        self._samples.append((now, up_bytes, down_bytes, full))
         if len(self._samples) > MAX_SAMPLES:
             del self._samples[1::2]
             self._every *= 2
 
-    def finish(self) -> None:
-        """The exchange is over: learn from it."""
+    def finish(self, *, late: bool = False) -> None:
+        """The exchange is over: learn from it.
+
+        Args:
+            late: it took much longer than it was planned to.
+        """
         samples, self._samples = self._samples, []
         self._every, self._skipped = 1, 0
-        if len(samples) >= MIN_SAMPLES:
-            self._up = _learn(self._up, [(now, up) for now, up, _ in samples])
-            self._down = _learn(self._down, [(now, down) for now, _, down in samples])
+        if len(samples) < MIN_SAMPLES:
+            return
+        up, steady_up = _measure([(now, up) for now, up, _, _ in samples])
+        down, steady_down = _measure([(now, down) for now, _, down, _ in samples])
+        told = [full for *_, full in samples if full is not None]
+        full = sum(told) >= STEADY * len(told) if told else steady_up
+        self._up = _learn(self._up, up, steady_up and full)
+        self._down = _learn(self._down, down, steady_down and late and not full)
 
 
-def _learn(known: float, seen: Sequence[tuple[float, int]]) -> float:
-    """The new estimate, from the old one and one exchange's (time, bytes so far)."""
+def _measure(seen: Sequence[tuple[float, int]]) -> tuple[float, bool]:
+    """Of one exchange's (time, bytes so far): the best rate, and whether it was kept up."""
     (first_at, first), (last_at, last) = seen[0], seen[-1]
     best = _best_rate(seen)
     if last - first < MIN_BYTES or best == 0:
-        return known
-    busy = (last - first) / (best * (last_at - first_at))
-    return max(best, known * (FADE if busy >= STEADY else IDLE_FADE))
+        return UNKNOWN, False
+    return best, last - first >= STEADY * best * (last_at - first_at)
+
+
+def _learn(known: float, best: float, tested: bool) -> float:
+    """The new estimate: a test counts whatever was known, everything else only if it is more."""
+    return best if tested and best else max(best, known)
 
 
 def _best_rate(seen: Sequence[tuple[float, int]]) -> float:
@@ -135,13 +162,15 @@ def _best_rate(seen: Sequence[tuple[float, int]]) -> float:
         if here[1] > before[1]
     ]
     best = 0.0
+    shortest_s = min(SHORTEST_S, (seen[-1][0] - seen[0][0]) / 2)
     length, last = 1, len(seen) - 1
     while length < last:
         for number, since in begins:
             end = number + length
             if end > last:
                 break
-            best = max(best, (seen[end][1] - seen[number][1]) / (seen[end][0] - since))
+            if seen[end][0] - seen[number][0] >= shortest_s:
+                best = max(best, (seen[end][1] - seen[number][1]) / (seen[end][0] - since))
         length = max(length + 1, int(length * LADDER))
     return best
 
@@ -265,7 +294,8 @@ def settle(claims: Mapping[str, Rate], views: Mapping[str, Mapping[str, Rate]]) 
 
     Returns:
         A rate above 0 for every peer with a claim. One that is unknown is the median of the known
-        ones; if none is known, all are equal, and times planned with them mean nothing.
+        ones; if none is known, all are equal, and times planned with them mean nothing. A downlink
+        that carried what the others could send is at least as fast as the uplink.
     """
     ups = [claim.up_bps for claim in claims.values()]
     downs = [claim.down_bps for claim in claims.values()]
@@ -273,9 +303,12 @@ def settle(claims: Mapping[str, Rate], views: Mapping[str, Mapping[str, Rate]]) 
     settled = {}
     for peer, claim in claims.items():
         said = [view.get(peer, _ANY) for member, view in views.items() if member != peer]
+        up_bps, down_bps = claim.up_bps or usual_up, claim.down_bps or usual_down
+        if down_bps >= NO_SLOWER * usual_up:
+            down_bps = max(down_bps, up_bps)
         settled[peer] = Rate(
-            up_bps=_most(claim.up_bps or usual_up, [most.up_bps for most in said]),
-            down_bps=_most(claim.down_bps or usual_down, [most.down_bps for most in said]),
+            up_bps=_most(up_bps, [most.up_bps for most in said]),
+            down_bps=_most(down_bps, [most.down_bps for most in said]),
         )
     return settled
 

@@ -10,9 +10,10 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping
 
-from coordinator_free.bandwidth import Gauge, Rate, Trust
+from coordinator_free.bandwidth import LATE, Gauge, Rate, Trust
 from coordinator_free.butterfly import Butterfly
 from coordinator_free.planning import deliveries
+from coordinator_free.sockets import Outgoing
 
 SAMPLE_S = 0.05
 
@@ -21,11 +22,17 @@ class Links:
     """Measures while an exchange runs.
 
     Args:
-        traffic: bytes sent and received so far.
+        traffic: bytes written and received so far.
+        outgoing: `Outgoing.look` of this process, or what plays it.
     """
 
-    def __init__(self, traffic: Callable[[], tuple[int, int]]) -> None:
+    def __init__(
+        self,
+        traffic: Callable[[], tuple[int, int]],
+        outgoing: Callable[[], tuple[int, bool] | None] | None = None,
+    ) -> None:
         self._traffic = traffic
+        self._outgoing = Outgoing().look if outgoing is None else outgoing
         self._gauge = Gauge()
         self._trust = Trust()
 
@@ -42,18 +49,25 @@ class Links:
     @contextlib.asynccontextmanager
     async def watching(self, butterfly: Butterfly) -> AsyncIterator[None]:
         """While the block runs, its exchange is; learn from it at the end."""
+        now = asyncio.get_running_loop().time
+        plan, began = butterfly.plan, now()
         sampling = asyncio.create_task(self._sample())
         try:
             yield
         finally:
             sampling.cancel()
-            self._gauge.finish()
-            plan = butterfly.plan
+            self._gauge.finish(late=0 < LATE * plan.expected_s < now() - began)
             self._trust.observe(*deliveries(plan, butterfly.slices_s, butterfly.parts_s))
             self._trust.keep(plan.receivers)
 
     async def _sample(self) -> None:
         now = asyncio.get_running_loop().time
+        (before, _), begin = self._traffic(), self._outgoing()
         while True:
-            self._gauge.sample(now(), *self._traffic())
+            (written, received), seen = self._traffic(), self._outgoing()
+            sent, full = written - before, None
+            if begin is not None and seen is not None:
+                # Neither what the sockets hold, nor what others in this process have sent.
+                sent, full = min(sent, seen[0] - begin[0]), seen[1]
+            self._gauge.sample(now(), sent, received, full)
             await asyncio.sleep(SAMPLE_S)

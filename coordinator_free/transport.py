@@ -161,7 +161,7 @@ class Server:
     """Listens for the other peers of one run.
 
     Attributes:
-        bytes_sent: payload bytes of replies and frames.
+        bytes_sent: payload bytes of replies and frames, also of those whose writing has begun.
         bytes_received: payload bytes of messages and frames.
         refused: calls turned away before the service saw them, by reason.
         failures: calls that the service ended by raising, by the error's class name.
@@ -332,9 +332,9 @@ class Server:
                 if not 1 <= len(frame) <= MAX_FRAME_BYTES:
                     raise RuntimeError(f"the service yielded a frame of {len(frame)} bytes")
                 await self._limits.up.acquire(len(frame))
+                self.bytes_sent += len(frame)
                 async with asyncio.timeout(self._idle_s):
                     await context.write(frame)
-                self.bytes_sent += len(frame)
         finally:
             # Now, and not when the garbage collector comes by: it may hold a reducer's slot.
             if isinstance(frames, AsyncGenerator):
@@ -516,7 +516,7 @@ class Client:
     Use as an async context manager, or call `close`.
 
     Attributes:
-        bytes_sent: payload bytes of messages and frames.
+        bytes_sent: payload bytes of messages and frames, also of those whose writing has begun.
         bytes_received: payload bytes of replies and frames.
         carried: how many connections were made through the carrier.
     """
@@ -908,8 +908,8 @@ class ExchangeStream:
         if not frame:
             raise ValueError("an empty frame")
         await self._client._limits.up.acquire(len(frame))
-        await self._write(frame, timeout_s)
         self._client.bytes_sent += len(frame)
+        await self._write(frame, timeout_s)
 
     async def done_sending(self, timeout_s: float) -> None:
         """Tell the partner that nothing more comes. Receiving goes on.

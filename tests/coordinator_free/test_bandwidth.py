@@ -142,19 +142,52 @@ def test_idle_exchanges_take_little_from_what_is_known() -> None:
     assert gauge.rate.up_bps == pytest.approx(10e6, rel=0.03)
 
 
-def test_a_link_that_became_slower_is_known_after_a_few_exchanges() -> None:
+def test_a_link_that_changed_is_known_at_once() -> None:
     gauge = Gauge()
-    watch(gauge, Link(10e6), 10.0, always)
-    for _ in range(7):
-        watch(gauge, Link(1e6), 10.0, always)
+    for bps in (1e6, 10e6, 2e6):
+        watch(gauge, Link(bps), 10.0, always)
+        assert gauge.rate.up_bps == pytest.approx(bps, rel=0.03)
+
+
+def play(gauge: Gauge, up_bps: float, down_bps: float, *, full: bool, late: bool) -> None:
+    """An exchange of four seconds at a steady pace."""
+    for number in range(81):
+        gauge.sample(number / 20, int(number / 20 * up_bps), int(number / 20 * down_bps), full=full)
+    gauge.finish(late=late)
+
+
+def test_an_uplink_for_which_nothing_waited_is_measured_no_slower() -> None:
+    gauge = Gauge()
+    play(gauge, 10e6, 0, full=True, late=False)
+    known = gauge.rate.up_bps
+    for late in (False, True):  # it was given little, or others kept it waiting
+        for _ in range(20):
+            play(gauge, 1e6, 0, full=False, late=late)
+        assert gauge.rate.up_bps == known
+    play(gauge, 1e6, 0, full=True, late=False)
     assert gauge.rate.up_bps == pytest.approx(1e6, rel=0.03)
 
 
-def test_a_link_that_became_faster_is_known_at_once() -> None:
+def test_a_downlink_is_measured_slower_where_it_must_have_been_the_reason() -> None:
     gauge = Gauge()
-    for bps in (1e6, 10e6):
-        watch(gauge, Link(bps), 10.0, always)
-        assert gauge.rate.up_bps == pytest.approx(bps, rel=0.03)
+    play(gauge, 20e6, 10e6, full=True, late=False)
+    known = gauge.rate.down_bps
+    # Others sent what they were to send, or the uplink took the time.
+    for full, late in ((False, False), (True, True), (True, False)):
+        play(gauge, 1e6, 1e6, full=full, late=late)
+        assert gauge.rate.down_bps == known
+    play(gauge, 1e6, 1e6, full=False, late=True)
+    assert gauge.rate.down_bps == pytest.approx(1e6, rel=0.03)
+
+
+def test_what_was_held_up_behind_a_lost_packet_is_no_speed() -> None:
+    gauge, link = Gauge(), Link(2e6)
+    for number in range(81):
+        through = link.run(0.05)
+        held = 0.2 * 2e6 if 40 <= number < 44 else 0  # and then goes at once
+        gauge.sample(number / 20, int(through - held), 0)
+    gauge.finish()
+    assert gauge.rate.up_bps <= 1.3 * 2e6  # without a shortest stretch it would be 1.7
 
 
 def test_of_what_was_too_short_or_moved_nothing_nothing_is_learned() -> None:
@@ -376,6 +409,16 @@ def test_what_is_unknown_is_taken_for_usual() -> None:
     assert len({settled[p].down_bps for p in "abc"}) == 1
     assert settled["a"].down_bps == 8e6  # wide enough to hold up nobody
     assert settle({"a": unknown}, {})["a"].up_bps > 0
+
+
+def test_a_downlink_that_carried_all_that_others_sent_is_not_the_slower_one() -> None:
+    rates = [(2e6, 3e6), (2e6, 1.1e6), (10e6, 2e6), (2e6, 0.9e6)]
+    claims = {f"p{n}": Rate(up_bps=up, down_bps=down) for n, (up, down) in enumerate(rates)}
+    settled = settle(claims, {})
+    assert [settled[f"p{n}"].down_bps for n in range(4)] == [3e6, 2e6, 10e6, 0.9e6]
+    # What the others have seen of it counts all the same.
+    views = {f"p{n}": {"p2": Rate(up_bps=1e6, down_bps=1e6)} for n in (0, 1, 3)}
+    assert settle(claims, views)["p2"] == Rate(up_bps=1e6, down_bps=1e6)
 
 
 def test_no_claim_is_too_wild_to_plan_with() -> None:
