@@ -33,7 +33,10 @@ FINE_S = 0.5
 FAST_BPS = 60e6
 FAST_CHUNK = 1 << 20  # bytes; smaller ones cost the machines more than a finer overlap saves
 LEAST_CHUNKS = 2  # of each reducer: while one is added up, the other is on its way
-ALIKE = 1.5  # links that differ from the usual by less than this factor are measured no better
+# Links that differ from the usual by less than this factor count as usual: uplinks are measured to
+# a tenth, downlinks worse. More than `bandwidth.RAISE`, with which a peer that was late once would
+# otherwise be given a part of the others' work whenever it is tried again.
+ALIKE = 1.3
 SMALLEST_CHUNK = 1 << 14  # bytes; what a message costs beside them is half a percent of it
 WORTH_S = 2.0  # an exchange that is over sooner is not worth leaving anything out of
 
