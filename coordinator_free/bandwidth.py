@@ -8,9 +8,9 @@ well; with the other, the best of many short stretches of a speed that trembles 
 its mean. So a long busy stretch is measured exactly, a short one too low by the share of two
 intervals, and no steady link too high. A link that is known counts as slower only when an exchange
 has tested it, as one that was given little, or waited for others, moved little: an uplink while
-bytes waited for it, a downlink in an exchange that took much longer than planned, and not because
-of the uplink. Then the new rate counts, whatever was known. A downlink is not tested by more than
-others send; `settle` allows for that.
+bytes waited for it, a downlink in an exchange that took much longer than planned, neither because
+of the uplink nor of one of the others. Then the new rate counts, whatever was known. A downlink
+shows no more than others send; `settle` allows for that.
 
 **Believing.** A claim is checked where it matters: by when a reducer's slice is done, and when a
 contributor has sent its part. `Trust` is one member's view: of a peer that was much later than
@@ -125,7 +125,7 @@ class Gauge:
         """The exchange is over: learn from it.
 
         Args:
-            late: it took much longer than it was planned to.
+            late: it took much longer than planned, and nobody else was to blame.
         """
         samples, self._samples = self._samples, []
         self._every, self._skipped = 1, 0
@@ -233,12 +233,15 @@ class Trust:
 
     def observe(
         self, reducers: Mapping[str, Delivery], contributors: Mapping[str, Delivery]
-    ) -> None:
+    ) -> bool:
         """An exchange is over.
 
         Args:
             reducers: whose slices came here, without this member.
             contributors: who contributed to the slices of this member, without this member.
+
+        Returns:
+            Whether one of them was later than planned, as others were not.
         """
         verdicts: dict[str, tuple[float, Delivery]] = {}
         for role in (reducers, contributors):
@@ -251,10 +254,10 @@ class Trust:
                 if doubt.raised:
                     doubt.good = doubt.good.times(RAISE)  # until it is asked for something again
                 doubt.wait()
-        for peer, (excess, delivery) in verdicts.items():
-            self._judge(peer, excess, delivery)
+        return any([self._judge(peer, *verdict) for peer, verdict in verdicts.items()])
 
-    def _judge(self, peer: str, excess: float, delivery: Delivery) -> None:
+    def _judge(self, peer: str, excess: float, delivery: Delivery) -> bool:
+        """Whether it was late."""
         doubt = self._doubts.get(peer)
         if excess > LATE and delivery.took_s * (1 - 1 / excess) > LATE_S:
             # In this time its links moved what they were to move in `needed_s`.
@@ -262,16 +265,18 @@ class Trust:
             shown = used / excess if math.isfinite(excess) else NEVER_DONE
             pause = doubt.pause if doubt is not None else 1
             self._doubts[peer] = _Doubt(delivery.believed.times(shown), pause=pause, left=pause)
-        elif doubt is not None:
+            return True
+        if doubt is not None:
             more = delivery.believed.up_bps > doubt.good.up_bps * 1.01  # than it has shown
             if more and excess > RAISE_LATE:
                 doubt.raised = False
                 doubt.pause = doubt.left = min(2 * doubt.pause, MAX_PAUSE)
-                return
+                return False
             if more:
                 doubt.good = delivery.believed
                 doubt.pause, doubt.left = 1, 0
             doubt.wait()
+        return False
 
 
 def _excess(peer: str, role: Mapping[str, Delivery]) -> float:

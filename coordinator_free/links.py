@@ -56,8 +56,9 @@ class Links:
             yield
         finally:
             sampling.cancel()
-            self._gauge.finish(late=0 < LATE * plan.expected_s < now() - began)
-            self._trust.observe(*deliveries(plan, butterfly.slices_s, butterfly.parts_s))
+            late = 0 < LATE * plan.expected_s < now() - began and not plan.attempt
+            others = self._trust.observe(*deliveries(plan, butterfly.slices_s, butterfly.parts_s))
+            self._gauge.finish(late=late and not others)
             self._trust.keep(plan.receivers)
 
     async def _sample(self) -> None:

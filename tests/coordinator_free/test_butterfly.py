@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import selectors
-from collections.abc import AsyncIterator, Callable, Coroutine
-from concurrent.futures import Executor, Future
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
 from typing import Any, TypeVar
 
@@ -36,6 +34,7 @@ from coordinator_free.planning import weights
 from coordinator_free.reducer import WINDOW, Reducer
 from coordinator_free.wire import pack_frame, plan_digest, unpack_frame
 from dht.errors import PeerError, ProtocolViolation, TimedOut, Unreachable
+from tests.coordinator_free.virtual import Inline, now, run
 
 T = TypeVar("T")
 EXCHANGE_S = 60.0
@@ -43,45 +42,6 @@ STALL_S = 20.0
 CHUNK = 256
 OPENING = pack_frame(FrameHeader(plan=NO_DIGEST))
 END = None
-
-
-class Jump(selectors.SelectSelector):
-    """Time passes only when nobody can run, and then at once."""
-
-    now = 0.0
-
-    def select(self, timeout: float | None = None) -> Any:
-        assert timeout is not None, "everybody waits for something that never comes"
-        self.now += max(timeout, 0.0)
-        return super().select(0)
-
-
-class VirtualLoop(asyncio.SelectorEventLoop):
-    def __init__(self) -> None:
-        self.clock = Jump()
-        super().__init__(self.clock)
-
-    def time(self) -> float:
-        return self.clock.now
-
-
-class Inline(Executor):
-    def submit(self, work: Callable[..., T], /, *args: Any, **_: Any) -> Future[T]:
-        done: Future[T] = Future()
-        try:
-            done.set_result(work(*args))
-        except Exception as error:
-            done.set_exception(error)
-        return done
-
-
-def run(story: Coroutine[Any, Any, T]) -> T:
-    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        return runner.run(story)
-
-
-def now() -> float:
-    return asyncio.get_running_loop().time()
 
 
 class Line:
