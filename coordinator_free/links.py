@@ -63,12 +63,12 @@ class Links:
 
     async def _sample(self) -> None:
         now = asyncio.get_running_loop().time
-        (before, _), begin = self._traffic(), self._outgoing()
+        (before, _), (arrived_before, _) = self._traffic(), self._outgoing() or (0, False)
         while True:
             (written, received), seen = self._traffic(), self._outgoing()
             sent, full = written - before, None
-            if begin is not None and seen is not None:
+            if seen is not None:
                 # Neither what the sockets hold, nor what others in this process have sent.
-                sent, full = min(sent, seen[0] - begin[0]), seen[1]
+                sent, full = min(sent, seen[0] - arrived_before), seen[1]
             self._gauge.sample(now(), sent, received, full)
             await asyncio.sleep(SAMPLE_S)

@@ -54,7 +54,8 @@ class Outgoing:
         self._closed += sum(acked for inode, acked in self._acked.items() if inode not in found)
         self._acked = {inode: acked for inode, (acked, _, _) in found.items()}
         arrived = self._closed + sum(acked + beyond for acked, beyond, _ in found.values())
-        return arrived, 2 * waiting > used
+        # Nothing: there was no connection yet, or it is a Linux that has the fields but no counts.
+        return (arrived, 2 * waiting > used) if arrived else None
 
     def _state(self, number: int) -> tuple[int, tuple[int, int, int]] | None:
         """Inode; acknowledged in order, acknowledged beyond a gap, unsent. None for no connection.
