@@ -225,6 +225,7 @@ class Swarm:
             ends = [tasks.create_task(self._exchange(name)) for name in self.machines]
         self.took_s = now() - began
         assert all(isinstance(end.result(), Average) for end in ends)
+        self.butterflies.clear()  # they lead back here: their memory would wait for the collector
         for machine in self.machines.values():
             machine.flows.clear()
         counts = dict.fromkeys(self.machines, 0)
