@@ -13,12 +13,15 @@ process sends counts; and what a tunnel's daemon on this machine holds.
 from __future__ import annotations
 
 import ctypes
-import os
 import socket
 import struct
 import sys
 
-INFO_BYTES = 148  # of struct tcp_info, up to tcpi_notsent_bytes (Linux 4.6)
+INFO_BYTES = 148  # of struct tcp_info, up to tcpi_notsent_bytes (Linux 4.6; SO_COOKIE: 4.12)
+SO_COOKIE = 57  # a socket's own number, which no other gets
+GAP = (
+    128  # descriptors, at most, between one socket and the next; the lowest free one is used first
+)
 USED_BYTES = 1 << 12  # since the last look; a connection of which less arrived said small things
 LISTENING = 10  # TCP_LISTEN, of which some fields mean something else
 
@@ -28,8 +31,9 @@ class Outgoing:
 
     def __init__(self) -> None:
         self._closed = 0
-        self._acked: dict[int, int] = {}  # by inode: numbers of descriptors are used again
-        self._getsockopt = ctypes.CDLL(None).getsockopt if sys.platform == "linux" else None
+        self._acked: dict[int, int] = {}  # by cookie: descriptors are used again
+        # Calls that let go of Python's lock wait up to 5 ms for it where other threads are busy.
+        self._getsockopt = ctypes.PyDLL(None).getsockopt if sys.platform == "linux" else None
 
     def look(self) -> tuple[int, bool] | None:
         """Bytes that have arrived so far, counted from wherever, and whether the uplink is full.
@@ -42,23 +46,26 @@ class Outgoing:
         """
         if self._getsockopt is None:
             return None
-        try:
-            numbers = [int(name) for name in os.listdir("/proc/self/fd")]
-        except OSError:  # no /proc here, or no descriptor left to list it with
-            return None
-        found = dict(filter(None, map(self._state, numbers)))
+        found = {}
+        number, stop = 0, GAP
+        while number < stop:
+            state = self._state(number)
+            if state is not None:
+                found[state[0]] = state[1]
+                stop = number + GAP
+            number += 1
         waiting = used = 0
-        for inode, (acked, _, unsent) in found.items():
+        for cookie, (acked, _, unsent) in found.items():
             waiting += unsent > 0
-            used += unsent > 0 or acked - self._acked.get(inode, 0) >= USED_BYTES
-        self._closed += sum(acked for inode, acked in self._acked.items() if inode not in found)
-        self._acked = {inode: acked for inode, (acked, _, _) in found.items()}
+            used += unsent > 0 or acked - self._acked.get(cookie, 0) >= USED_BYTES
+        self._closed += sum(acked for cookie, acked in self._acked.items() if cookie not in found)
+        self._acked = {cookie: acked for cookie, (acked, _, _) in found.items()}
         arrived = self._closed + sum(acked + beyond for acked, beyond, _ in found.values())
         # Nothing: there was no connection yet, or it is a Linux that has the fields but no counts.
         return (arrived, 2 * waiting > used) if arrived else None
 
     def _state(self, number: int) -> tuple[int, tuple[int, int, int]] | None:
-        """Inode; acknowledged in order, acknowledged beyond a gap, unsent. None for no connection.
+        """Cookie; acknowledged in order, acknowledged beyond a gap, unsent. None for no connection.
 
         Without those beyond a gap, a lost packet would hold up the count for some round trips, and
         then let megabytes go at once.
@@ -71,11 +78,13 @@ class Outgoing:
         )
         if failed or length.value < INFO_BYTES or info.raw[0] == LISTENING:
             return None
-        try:
-            inode = os.fstat(number).st_ino
-        except OSError:  # another thread has closed it
-            return None
+        cookie = ctypes.c_uint64()
+        length = ctypes.c_uint32(8)
+        if self._getsockopt(
+            number, socket.SOL_SOCKET, SO_COOKIE, ctypes.byref(cookie), ctypes.byref(length)
+        ):
+            return None  # another thread has closed it
         segment_bytes, _, _, segments_beyond = struct.unpack_from("4I", info, 16)
         (acked,) = struct.unpack_from("Q", info, 120)
         (unsent,) = struct.unpack_from("I", info, 144)
-        return inode, (acked, segments_beyond * segment_bytes, unsent)
+        return cookie.value, (acked, segments_beyond * segment_bytes, unsent)

@@ -71,10 +71,3 @@ def test_sockets_that_were_closed_still_count() -> None:
                     assert sender.recv(1) == b"x"
                     totals.append(look(outgoing)[0])
         assert all(after - before >= 1000 for before, after in itertools.pairwise(totals))
-
-
-def test_without_a_connection_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    outgoing = Outgoing()
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        monkeypatch.setattr("os.listdir", lambda _: [str(server.fileno()), "0"])
-        assert outgoing.look() is None
