@@ -271,6 +271,8 @@ class SwarmOptimizer:
                 raise ConfigError(f"{name} = {_shown(value)}: give a {kind.__name__}, or None")
         if schedule is not None and not callable(schedule):
             raise ConfigError("schedule: give a function of the swarm's samples, such as cosine()")
+        if announce_hosts and not port:
+            raise ConfigError("announce_hosts needs a port: the one at which others reach you")
         if link is not None and recipe is not None:
             raise ConfigError("a joiner gets the recipe of its run: leave recipe or link out")
         self._flat = FlatTensors(parameters, hidden_matrices)

@@ -515,6 +515,7 @@ def test_a_run_goes_on_from_its_home(tmp_path: Path) -> None:
         ({"batch_size": 1, "download_bps": float("nan")}, "download_bps = nan"),
         ({"batch_size": 1, "recipe": {}}, "recipe = {}: give a Recipe"),
         ({"batch_size": 1, "link": 5}, "link = 5: give a str"),
+        ({"batch_size": 1, "announce_hosts": ("example.org",)}, "announce_hosts needs a port"),
         ({"batch_size": 1, "schedule": 0.5}, "schedule: give a function"),
         ({"batch_size": 1, "hidden_matrices": [torch.zeros(2, 2)]}, "no matrix of this model"),
     ],
