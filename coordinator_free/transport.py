@@ -12,6 +12,9 @@ Guarantees.
   holds, the caller by a token (`tokens`) that is checked before its body is read.
 - No await on a partner is without a deadline, whether reading or writing: one that was killed,
   stopped or hangs costs a bounded time. After any error an exchange or fetch is dead.
+- A small message waits for no frames: streams have a connection of their own. What a socket has
+  taken of a stream before leaves first, and on a long way TCP's start makes seconds of that: the
+  leader's messages missed their deadline, and who was well was taken for gone.
 - Memory is bounded. One message of a stream is in flight in each direction; a writer waits until
   flow control has taken its message, so a slow reader holds back the writer. Messages, calls in
   all and calls of one caller are limited.
@@ -122,7 +125,8 @@ _CLIENT_OPTIONS: Final = (
     ("grpc.enable_http_proxy", 0),  # the pinned endpoint and nothing between
     ("grpc.enable_retries", 0),
     ("grpc.service_config_disable_resolution", 1),
-    # Without it, a new channel to a restarted peer inherits the old one's reconnection back-off.
+    # Without it, a new channel to a restarted peer inherits the old one's reconnection back-off,
+    # and the two channels of a line would share one connection.
     ("grpc.use_local_subchannel_pool", 1),
 )
 
@@ -479,15 +483,24 @@ def _cannot_listen(host: str, port: int, hint: str) -> str:
 
 @dataclass(slots=True, eq=False)
 class _Line:
-    """One pinned channel and who uses it."""
+    """Two pinned channels to one peer, and who uses them. Each connects when it is first used.
+
+    Attributes:
+        channels: for small messages, and for streams.
+    """
 
     contact: Contact
-    channel: grpc.aio.Channel
+    channels: tuple[grpc.aio.Channel, grpc.aio.Channel]
     deliver: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]
     exchange: grpc.aio.StreamStreamMultiCallable[bytes, bytes]
     fetch: grpc.aio.UnaryStreamMultiCallable[bytes, bytes]
     users: int = 0
     retired: bool = False
+
+    async def close(self) -> None:
+        """Break what still runs."""
+        for channel in self.channels:
+            await channel.close()
 
 
 @runtime_checkable
@@ -511,7 +524,9 @@ class Carrier(Protocol):
 
 
 class Client:
-    """Calls other peers of one run. One connection to each, opened by the first call.
+    """Calls other peers of one run.
+
+    Two connections to each, for messages and for streams; the first call that needs one opens it.
 
     Use as an async context manager, or call `close`.
 
@@ -569,7 +584,7 @@ class Client:
             detour.cancel()
         self._lines.clear()
         while self._open:
-            await self._open.pop().channel.close()
+            await self._open.pop().close()
 
     async def deliver(self, contact: Contact, message: bytes, timeout_s: float) -> bytes:
         """Send one message and wait for the reply.
@@ -732,7 +747,7 @@ class Client:
         self._forget(line)
         if not line.users:
             self._open.discard(line)
-            await line.channel.close()
+            await line.close()
 
     async def _dial(self, contact: Contact, timeout_s: float) -> tuple[bytes, str]:
         """Find a way that ends at the pinned certificate.
@@ -954,15 +969,15 @@ class ExchangeStream:
 
 
 def _open_line(contact: Contact, pem: bytes, target: str) -> _Line:
-    channel = grpc.aio.secure_channel(
-        target, grpc.ssl_channel_credentials(root_certificates=pem), options=_CLIENT_OPTIONS
-    )
+    credentials = grpc.ssl_channel_credentials(root_certificates=pem)
+    small = grpc.aio.secure_channel(target, credentials, options=_CLIENT_OPTIONS)
+    bulk = grpc.aio.secure_channel(target, credentials, options=_CLIENT_OPTIONS)
     return _Line(
         contact=contact,
-        channel=channel,
-        deliver=channel.unary_unary(f"/{SERVICE_NAME}/Deliver"),
-        exchange=channel.stream_stream(f"/{SERVICE_NAME}/Exchange"),
-        fetch=channel.unary_stream(f"/{SERVICE_NAME}/Fetch"),
+        channels=(small, bulk),
+        deliver=small.unary_unary(f"/{SERVICE_NAME}/Deliver"),
+        exchange=bulk.stream_stream(f"/{SERVICE_NAME}/Exchange"),
+        fetch=bulk.unary_stream(f"/{SERVICE_NAME}/Fetch"),
     )
 
 

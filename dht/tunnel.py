@@ -89,6 +89,8 @@ _REMEMBERED = 1024
 class TunnelConfig:
     """Limits. Those who open tunnels to us are strangers.
 
+    A peer of a run takes two tunnels to each that it calls: for messages and for streams.
+
     Attributes:
         relay: carry the tunnels of peers that cannot reach each other.
         max_portals: peers that we can have tunnels to.
@@ -105,10 +107,10 @@ class TunnelConfig:
     relay: bool = True
     max_portals: int = 64
     max_outbound: int = 8
-    max_inbound: int = 64
-    max_inbound_each: int = 16
-    max_relayed: int = 32
-    max_relayed_each: int = 16
+    max_inbound: int = 128
+    max_inbound_each: int = 32
+    max_relayed: int = 64
+    max_relayed_each: int = 32
     open_s: float = 5.0
     idle_s: float = 120.0
     stall_s: float = 30.0

@@ -320,6 +320,61 @@ async def test_the_first_calls_to_a_peer_share_one_connection(peer: Peer, client
     assert len(client._open) == 1
 
 
+@asynccontextmanager
+async def blocked_after(port: int, limit: int) -> AsyncIterator[tuple[int, asyncio.Event]]:
+    """A way to a port on which every connection comes to a standstill after so many bytes."""
+    blocked, tasks = asyncio.Event(), set[asyncio.Task[None]]()
+
+    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        passed = 0
+        while data := await reader.read(1 << 16):
+            passed += len(data)
+            if passed > limit:
+                blocked.set()
+                await asyncio.Event().wait()
+            writer.write(data)
+        writer.close()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection("127.0.0.1", port)
+        tasks.add(asyncio.create_task(pass_on(reader, back)))
+        tasks.add(asyncio.create_task(pass_on(there, writer)))
+        writers.extend((writer, back))
+
+    writers: list[asyncio.StreamWriter] = []
+    server = await asyncio.start_server(accept, "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1], blocked
+    finally:
+        server.close()
+        for task in tasks:
+            task.cancel()
+        for writer in writers:
+            writer.close()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_a_small_message_waits_for_no_frames(peer: Peer) -> None:
+    # 300 ms from its partner, TCP took seconds to bring away what its socket had taken already.
+    async with (
+        blocked_after(peer.contact.port, MIB) as (port, blocked),
+        Client(Identity.generate(), RUN) as client,
+        client.exchange(replace(peer.contact, port=port)) as stream,
+    ):
+
+        async def send() -> None:
+            while True:
+                await stream.send(bytes(MIB), PLENTY_S)
+
+        sending = asyncio.create_task(send())
+        await blocked.wait()
+        contact = replace(peer.contact, port=port)
+        assert await client.deliver(contact, b"x", PLENTY_S) == b"echo x"
+        sending.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await sending
+
+
 # ---------------------------------------------------------------------------- who is who
 
 
