@@ -1,7 +1,9 @@
 """Messages on their way out: one ordered queue for each peer, and a verdict on every delivery.
 
 A slow or dead peer holds up nobody but itself. Nothing here is reliable: the machine says again
-what matters, so a queue that is full or whose peer is gone is emptied.
+what matters, so a queue that is full or whose peer is gone is emptied, and what is said again while
+it is still on its way is not sent twice: where a round trip is longer than the machine's patience,
+every new message would wait behind copies of old ones.
 """
 
 from __future__ import annotations
@@ -48,11 +50,14 @@ class Outbox:
         self._on_delivered = on_delivered
         self._on_failed = on_failed
         self._queues: dict[str, asyncio.Queue[tuple[Contact, Message]]] = {}
+        # By peer and kind, the newest message that waits or is under way.
+        self._newest: dict[str, dict[type[Message], tuple[Contact, Message]]] = {}
 
     def send(self, contact: Contact, message: Message) -> None:
         """Put a message into its peer's queue; the oldest one gives way when it is full.
 
-        Once the tasks are being ended, nothing is sent any more.
+        What is said again, word for word, while it is there or under way, is not put in. Once the
+        tasks are being ended, nothing is sent any more.
         """
         queue = self._queues.get(contact.peer_id)
         if queue is None:
@@ -64,10 +69,22 @@ class Outbox:
                 delivering.close()
                 return
             self._queues[contact.peer_id] = queue
+            self._newest[contact.peer_id] = {}
+        newest = self._newest[contact.peer_id]
+        # Only behind nothing else of its kind: what was taken back in between must be said again.
+        if newest.get(type(message)) == (contact, message):
+            return
         if queue.full():
-            queue.get_nowait()
+            self._end(contact.peer_id, queue.get_nowait())
             queue.task_done()
-        queue.put_nowait((contact, message))
+        newest[type(message)] = entry = (contact, message)
+        queue.put_nowait(entry)
+
+    def _end(self, peer: str, entry: tuple[Contact, Message]) -> None:
+        """This one is neither waiting nor under way any more."""
+        newest = self._newest[peer]
+        if newest.get(type(entry[1])) is entry:
+            del newest[type(entry[1])]
 
     async def flush(self) -> None:
         """Wait until everything was delivered or given up."""
@@ -77,9 +94,13 @@ class Outbox:
         try:
             while True:
                 async with asyncio.timeout(IDLE_S):
-                    contact, message = await queue.get()
+                    entry = await queue.get()
+                contact, message = entry
                 try:
-                    await self._client.deliver(contact, wire.encode(message), self._deliver_s)
+                    try:
+                        await self._client.deliver(contact, wire.encode(message), self._deliver_s)
+                    finally:
+                        self._end(peer, entry)  # before the verdict: one may send because of that
                 except Declined as error:
                     # It is there, only too busy: to take that for a death would replace leaders.
                     logger.debug("outbox.declined %s: %s", type(message).__name__, error)
@@ -88,6 +109,7 @@ class Outbox:
                     while not queue.empty():
                         queue.get_nowait()
                         queue.task_done()
+                    self._newest[peer].clear()
                     self._on_failed(peer)
                 except ValueError as error:
                     # Our own message is over-long: a roster of thousands. Not the partner's fault.
@@ -97,4 +119,4 @@ class Outbox:
                 queue.task_done()
         except TimeoutError:
             # No await between the verdict that it is idle and its removal.
-            del self._queues[peer]
+            del self._queues[peer], self._newest[peer]

@@ -112,6 +112,39 @@ async def test_one_delivery_at_a_time_for_each_peer() -> None:
         await until(lambda: lines.heights("a") == [1, 2])
 
 
+async def test_what_is_said_again_while_it_is_on_its_way_holds_up_nothing() -> None:
+    lines = Lines()
+    gate = lines.hold("a")
+    async with desk(lines) as at:
+        at.send("a", 1)
+        await until(lambda: lines.heights("a") == [1])
+        at.send("a", 1, 1, 2, 2, 1)  # the last one takes 2 back
+        for _ in range(3):
+            gate.release()
+        await at.outbox.flush()
+        assert lines.heights("a") == [1, 2, 1]
+        at.send("a", 1)  # said again later, it may have been lost on the other side
+        gate.release()
+        await at.outbox.flush()
+        assert lines.heights("a") == [1, 2, 1, 1]
+        assert at.verdicts == [("a", True)] * 4
+
+
+async def test_what_failed_may_be_said_again_at_once() -> None:
+    lines = Lines()
+    lines.down.add("a")
+    async with desk(lines) as at:
+
+        def again(peer: str) -> None:
+            lines.down.clear()
+            at.send(peer, 1)
+
+        at.on_failed = again
+        at.send("a", 1)
+        await at.outbox.flush()
+        assert lines.heights("a") == [1, 1]
+
+
 async def test_a_slow_peer_delays_nobody_else() -> None:
     lines = Lines()
     lines.hold("slow")
