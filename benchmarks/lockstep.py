@@ -81,7 +81,10 @@ class Averaging(Protocol):
         ...
 
     def result(self) -> tuple[Any, dict[str, Any]]:
-        """The average, (N,) float32 as a numpy array, and more about it; not measured."""
+        """The average, (N,) float32 as a numpy array, and more about it; not measured.
+
+        `means` in it are the blocks of the mean that it should be, if not everything was sent.
+        """
         ...
 
 
@@ -128,7 +131,10 @@ def take_part(pipe: Pipe, arguments: argparse.Namespace, averaging: Averaging) -
         pipe.say("done", began=began, ended=ended, **measured)
         pipe.hear("look")
         result_N, more = averaging.result()
-        max_error, rms_error = vectors.errors(result_N, arguments.folder / MEAN)
+        means = more.pop("means", None)
+        if means is None:
+            means = vectors.read_mean(arguments.folder / MEAN, arguments.numel)
+        max_error, rms_error = vectors.errors(result_N, means)
         pipe.say(
             "looked",
             digest=blake3(result_N.view("uint8").data).hexdigest(),

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import threading
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +34,9 @@ class Rounds:
     def __init__(self, arguments: argparse.Namespace, session: Session, me: str) -> None:
         self._session = session
         self._me = me
+        self._seed = arguments.seed
+        # Who has which vector; all are in the run before the first result is looked at.
+        self._names = [name_file(arguments.folder, number) for number in range(arguments.peers)]
         self._samples = vectors.weight(arguments.number)
         numbers = arguments.seed, arguments.number, arguments.numel
         self._delta_N = torch.from_numpy(vectors.vector(*numbers))
@@ -53,17 +58,34 @@ class Rounds:
         }
 
     def result(self) -> tuple[Any, dict[str, Any]]:
-        """The average that the newest certificate names, and how much of this peer's is in it."""
+        """The average that the newest certificate names, and how much of this peer's is in it.
+
+        Where somebody sent a part only, with the exact mean of what was sent.
+        """
         certificate, average = self._session.newest
         if average is None:
             raise lockstep.Failed("the average is not held any more")
         who = contributors(average, certificate.outcome.contributions)
+        names = [{contribution.peer_id for contribution in present} for present in who]
+        elements = [chunk.elements for chunk in average.chunks]
         there = sum(
-            chunk.elements
-            for chunk, present in zip(average.chunks, who, strict=True)
-            if any(contribution.peer_id == self._me for contribution in present)
+            count for count, present in zip(elements, names, strict=True) if self._me in present
         )
-        return average.values().numpy(), {"fraction": there / average.numel}
+        more: dict[str, Any] = {"fraction": there / average.numel}
+        numbers = {path.read_text(): number for number, path in enumerate(self._names)}
+        if any(len(present) < len(numbers) for present in names):
+            ends = list(itertools.accumulate(elements))
+            spans = [
+                (end - count, end, [numbers[name] for name in present])
+                for end, count, present in zip(ends, elements, names, strict=True)
+            ]
+            more["means"] = vectors.mean_of_sent(self._seed, spans)
+        return average.values().numpy(), more
+
+
+def name_file(folder: Path, number: int) -> Path:
+    """Where a peer writes its id, for those who check what is in an average."""
+    return folder / f"name-{number}"
 
 
 def main() -> None:
@@ -89,6 +111,7 @@ async def network(
     """What `peer` does around a session, without the parts that training needs."""
     path = arguments.folder / f"identity-{arguments.number}"
     identity = Identity.load_or_create(path)
+    name_file(arguments.folder, arguments.number).write_text(identity.peer_id)
     known = arguments.rendezvous  # the first peer's address; nobody's for itself
     config = KademliaConfig(
         identity_path=path, host=arguments.host, initial_peers=(known,) if known else ()

@@ -2,12 +2,14 @@
 
 Every peer makes its vector from the seed and its own number; nobody has to be sent one. The exact
 weighted mean of all of them is computed once, in float64, and written to a file, against which
-every peer holds each of its results. Both are made block by block: neither needs the vectors of all
-peers at once.
+every peer holds each of its results. Where not everybody sent everything, a peer computes the mean
+of what was sent by itself (`mean_of_sent`). All are made block by block: none needs the vectors of
+all peers at once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -63,20 +65,54 @@ def write_mean(path: Path, seed: int, peers: int, numel: int) -> float:
     return largest
 
 
-def errors(result_N: NDArray[np.float32], path: Path) -> tuple[float, float]:
-    """How far a result is from the mean in a file: the worst element, and the root mean square.
+def read_mean(path: Path, numel: int) -> Iterator[NDArray[np.float64]]:
+    """What `write_mean` wrote, block by block."""
+    with path.open("rb") as file:
+        for start in range(0, numel, BLOCK):
+            yield np.fromfile(file, np.float64, min(BLOCK, numel - start))
+
+
+def mean_of_sent(
+    seed: int, spans: Sequence[tuple[int, int, Sequence[int]]]
+) -> Iterator[NDArray[np.float64]]:
+    """The exact weighted mean where a peer's vector need not count everywhere, block by block.
+
+    Args:
+        seed: of the vectors.
+        spans: first element, the one behind the last, and the numbers of those who are in the mean
+            there, at least one; in order, without gaps, from element 0 on.
+    """
+    numel = spans[-1][1]
+    for start in range(0, numel, BLOCK):
+        length = min(BLOCK, numel - start)
+        here = [span for span in spans if span[0] < start + length and start < span[1]]
+        sum_B, weight_B = np.zeros(length), np.zeros(length)
+        for number in sorted(set().union(*(numbers for _, _, numbers in here))):
+            block_B = _block(seed, number, start, length)
+            for first, stop, numbers in here:
+                if number in numbers:
+                    part = slice(max(0, first - start), stop - start)
+                    sum_B[part] += weight(number) * block_B[part].astype(np.float64)
+                    weight_B[part] += weight(number)
+        yield sum_B / weight_B
+
+
+def errors(
+    result_N: NDArray[np.float32], mean_blocks: Iterable[NDArray[np.float64]]
+) -> tuple[float, float]:
+    """How far a result is from the mean: the worst element, and the root mean square.
 
     A result with a NaN is infinitely far.
     """
-    worst, squares = 0.0, 0.0
-    with path.open("rb") as file:
-        for start in range(0, len(result_N), BLOCK):
-            block_B = result_N[start : start + BLOCK].astype(np.float64)
-            difference_B = block_B - np.fromfile(file, np.float64, len(block_B))
-            if np.isnan(difference_B).any():
-                return float("inf"), float("inf")
-            worst = max(worst, float(np.abs(difference_B).max()))
-            squares += float(difference_B @ difference_B)
+    worst, squares, start = 0.0, 0.0, 0
+    for mean_B in mean_blocks:
+        difference_B = result_N[start : start + len(mean_B)].astype(np.float64) - mean_B
+        start += len(mean_B)
+        if np.isnan(difference_B).any():
+            return float("inf"), float("inf")
+        worst = max(worst, float(np.abs(difference_B).max()))
+        squares += float(difference_B @ difference_B)
+    assert start == len(result_N), f"a mean of {start} elements for {len(result_N)}"
     return worst, (squares / len(result_N)) ** 0.5
 
 

@@ -1,15 +1,23 @@
 """How near an averaging over thin lines comes to what the lines allow.
 
     python benchmarks/wan.py --codec fp32,int4 --congestion cubic --json FILE
+    python benchmarks/wan.py --cases 20,100 --delay-ms 0,100,300 --against tcp --seconds 8
 
 Real peers (`shoal_peer`), each on a machine of its own: network namespaces on one bridge, whose
 links are throttled in both directions by `tc tbf` once everybody has joined. Needs root and
 iproute2 (`ip`, `tc`); nothing of it touches the machine's own network, and nothing is left of it.
-There is no delay: what a long way costs is not measured here. The cases, for each peer:
+The cases, for each peer:
 
-    10, 100, 1000   so many Mbit/s in both directions
-    asymmetric      20 Mbit/s up, 100 down
-    mixed           one of the peers at a tenth of the others; together as many as in `100`
+    10, 20, 100, 1000   so many Mbit/s in both directions
+    asymmetric          20 Mbit/s up, 100 down
+    mixed               one of the peers at a tenth of the others; together as many as in `100`
+
+`--delay-ms` are round trips between any two peers; half of each passes every way, in a process that
+holds the frames (`delay`). A row fails if that process lost a frame that the links had not: then it
+was what was measured. TCP needs a round trip for every doubling of its speed, and after a pause
+begins anew, which no bound below knows of. So `--against tcp` moves the same bytes over the same
+links by plain TCP (`tcp_peer`), right after each of our rows; `--no-idle-restart` has TCP keep its
+speed over pauses (`net.ipv4.tcp_slow_start_after_idle`), for both.
 
 **The bound.** With n peers, V bytes of an encoded vector, and for each peer i the share s_i of the
 vector that it reduces and the fraction f_i of its own vector that it contributes (1, unless a plan
@@ -24,32 +32,37 @@ average, whose chunks name who is in them, and s_i from what each peer says it h
 the least that bound can be when everything is contributed: of all s_i with sum 1, the best, found
 by linear programming. Headers are in no bound: TCP's, IP's, TLS's and Ethernet's take some 4 %.
 
-Columns: exchange_s, the longest `RoundResult.allreduce_s` of all peers (the whole round, where a
-peer had to fetch the average afterwards); whole_s, from the last peer's `hand_in` to the last
-commit; bound_s with the shares there were, and its ratio to exchange_s; best_s and its ratio; the
-shares and fractions of the last round; whether the average was right, `part` where it could not be,
-because not everything was contributed. Medians of all rounds but the first.
+Columns: rtt_ms, the round trip that was added; exchange_s, the longest `RoundResult.allreduce_s` of
+all peers (the whole round, where a peer had to fetch the average afterwards); whole_s, from the
+last peer's `hand_in` to the last commit; bound_s with the shares there were, and its ratio to
+exchange_s; best_s and its ratio; the shares and fractions of the last round; whether every average
+was right, that is, the mean of what it says it is the mean of, and the same for all (`-`: plain TCP
+averages nothing). Medians of all rounds but the first.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import subprocess
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks import lockstep, vectors
-from benchmarks.arguments import Parser, at_least, megabytes, one_of, several, writable
+from benchmarks.arguments import Parser, at_least, megabytes, one_of, quantity, several, writable
 from benchmarks.lines import MBIT, Lines, Link, complaint, transmitted
 from benchmarks.lockstep import Failed, Peers, Task
 from benchmarks.meter import machine
 
 CODECS = ("fp32", "bf16", "int8", "int4")
 COLUMNS = {
+    "system": 6,
     "case": 11,
+    "rtt_ms": 6,
     "codec": 6,
     "MB": 7,
     "exchange_s": 10,
@@ -67,6 +80,7 @@ def cases(peers: int) -> dict[str, list[Link]]:
     slow = 100 * peers / (10 * (peers - 1) + 1)
     return {
         "10": [Link(10, 10)] * peers,
+        "20": [Link(20, 20)] * peers,
         "100": [Link(100, 100)] * peers,
         "1000": [Link(1000, 1000)] * peers,
         "asymmetric": [Link(20, 100)] * peers,
@@ -128,28 +142,45 @@ def shares_of(sent: Sequence[int], fractions: Sequence[float], nbytes: int) -> l
 # -- what happens ---------------------------------------------------------------------------------
 
 
-async def measure(
-    links: Sequence[Link], task: Task, nbytes: int, folder: Path, congestion: str
-) -> dict[str, Any]:
-    """All rounds over these links, with this congestion control.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Way:
+    """What is between the peers.
+
+    Attributes:
+        links: of each of them.
+        delay_s: a round trip between any two.
+        settings: of TCP (`net.ipv4.tcp_...`), on each machine.
+    """
+
+    links: Sequence[Link]
+    delay_s: float
+    settings: dict[str, str]
+
+
+async def measure(system: str, way: Way, task: Task, nbytes: int, folder: Path) -> dict[str, Any]:
+    """All rounds of a system over these links.
 
     Raises:
-        Failed: a peer broke off.
+        Failed: a peer broke off, or what makes the delay lost frames.
     """
+    links = way.links
     largest = vectors.write_mean(folder / lockstep.MEAN, task.seed, task.peers, task.numel)
     net = Lines()
     try:
         net.open()
         machines = [net.add() for _ in links]
         for name, _ in machines:
-            _set_congestion_control(name, congestion)
+            for setting, value in way.settings.items():
+                _set_tcp(name, setting, value)
+        if way.delay_s:
+            net.delay(way.delay_s)
         peers = Peers(
-            "shoal_peer.py",
+            f"{system}_peer.py",
             task,
             folder,
             hosts=[address for _, address in machines],
             prefixes=[["ip", "netns", "exec", name] for name, _ in machines],
-            introduced=True,
+            introduced=system == "shoal",
         )
         rounds = []
         async with peers.running():
@@ -167,9 +198,12 @@ async def measure(
                 looked = await peers.hear("looked")
                 each = [{**a, **b} for a, b in zip(done, looked, strict=True)]
                 rounds.append(_together(links, task, nbytes, largest, each, wires))
+        delayer = net.end_delay()
     finally:
         net.close()
-    return _row(links, nbytes, rounds)
+    if lost := delayer.get("overflowed", 0) + delayer.get("missed", 0):
+        raise Failed(f"the process that makes the delay lost {lost} frames: it was too slow")
+    return {**_row(links, nbytes, rounds), "delayer": delayer}
 
 
 def _together(
@@ -180,15 +214,19 @@ def _together(
     each: list[dict[str, Any]],
     wires: list[int],
 ) -> dict[str, Any]:
-    """A round of all peers."""
+    """A round of all peers; of plain TCP, which averages nothing, in equal shares."""
+    averaged = "digest" in each[0]
     whole_s = max(peer["ended"] for peer in each) - max(peer["began"] for peer in each)
     exchanges = [peer["exchange_s"] for peer in each]
     exchange_s = max(exchanges) if all(exchanges) else whole_s
-    fractions = [peer["fraction"] for peer in each]
-    shares = shares_of([peer["bytes_sent"] for peer in each], fractions, nbytes)
+    fractions = [peer.get("fraction", 1.0) for peer in each]
+    shares = [1 / len(each)] * len(each)
+    if averaged:
+        shares = shares_of([peer["bytes_sent"] for peer in each], fractions, nbytes)
     bound_s = bound(links, shares, fractions) * nbytes
-    errors = [(peer["max_error"], peer["rms_error"]) for peer in each]
-    right = all(vectors.verified(task.codec, largest, *error) for error in errors)
+    right = averaged and all(
+        vectors.verified(task.codec, largest, peer["max_error"], peer["rms_error"]) for peer in each
+    )
     return {
         "exchange_s": exchange_s,
         "whole_s": whole_s,
@@ -197,8 +235,8 @@ def _together(
         "shares": shares,
         "fractions": fractions,
         "wire_bytes": wires,
-        "right": right if min(fractions) == 1.0 else None,
-        "identical": len({peer["digest"] for peer in each}) == 1,
+        "right": right if averaged else None,
+        "identical": len({peer.get("digest") for peer in each}) == 1,
         "peers": each,
     }
 
@@ -210,7 +248,7 @@ def _row(links: Sequence[Link], nbytes: int, rounds: list[dict[str, Any]]) -> di
         name: statistics.median(each[name] for each in warm)
         for name in ("exchange_s", "whole_s", "bound_s", "ratio")
     }
-    rights = [each["right"] for each in rounds]
+    rights = {each["right"] and each["identical"] for each in rounds}
     return {
         **row,
         "best_s": best_s,
@@ -218,7 +256,7 @@ def _row(links: Sequence[Link], nbytes: int, rounds: list[dict[str, Any]]) -> di
         "shares": rounds[-1]["shares"],
         "fractions": rounds[-1]["fractions"],
         "identical": all(each["identical"] for each in rounds),
-        "right": "no" if False in rights else "part" if None in rights else "yes",
+        "right": "no" if False in rights else "-" if None in rights else "yes",
         "rounds": rounds,
     }
 
@@ -227,34 +265,39 @@ async def compare(arguments: Namespace) -> int:
     """All cases with all codecs; the exit status."""
     from coordinator_free.codecs import codec
 
-    congestion = arguments.congestion
-    report = {**machine(), "congestion_control": congestion, "rows": []}
+    settings = {"congestion_control": arguments.congestion}
+    if arguments.no_idle_restart:
+        settings["slow_start_after_idle"] = "0"
+    report = {**machine(), "tcp": settings, "rows": []}
     rows: list[dict[str, Any]] = report["rows"]
-    print(f"{arguments.peers} peers, {congestion}; for each: Mbit/s up and down")
+    print(f"{arguments.peers} peers, {arguments.congestion}; for each: Mbit/s up and down")
     print(" ".join(f"{name:>{width}}" for name, width in COLUMNS.items()), "shares; fractions")
     everything = cases(arguments.peers)
-    for case in arguments.cases:
-        links = everything[case]
-        for name in arguments.codec:
-            per_element = codec(name).encoded_bytes(1 << 20) / (1 << 20)
-            numel = arguments.seconds / best(links) / per_element
-            numel = int(min(numel, arguments.max_mb * 1e6 / 4)) // 4096 * 4096
-            task = Task(
-                peers=arguments.peers, numel=max(4096, numel), rounds=arguments.rounds, codec=name
-            )
-            row: dict[str, Any] = {"case": case, "codec": name, "MB": 4 * task.numel / 1e6}
-            row["links"] = [(link.up, link.down) for link in links]
+    for delay_ms, case, name in itertools.product(
+        arguments.delay_ms, arguments.cases, arguments.codec
+    ):
+        way = Way(links=everything[case], delay_s=delay_ms / 1e3, settings=settings)
+        per_element = codec(name).encoded_bytes(1 << 20) / (1 << 20)
+        numel = arguments.seconds / best(way.links) / per_element
+        numel = int(min(numel, arguments.max_mb * 1e6 / 4)) // 4096 * 4096
+        task = Task(
+            peers=arguments.peers, numel=max(4096, numel), rounds=arguments.rounds, codec=name
+        )
+        nbytes = codec(name).encoded_bytes(task.numel)
+        for system in ("shoal", *arguments.against):
+            row: dict[str, Any] = {"system": system, "case": case, "rtt_ms": delay_ms}
+            row |= {"codec": name, "MB": 4 * task.numel / 1e6}
+            row["links"] = [(link.up, link.down) for link in way.links]
             rows.append(row)
             with lockstep.scratch() as folder:
-                nbytes = codec(name).encoded_bytes(task.numel)
                 try:
-                    row.update(await measure(links, task, nbytes, folder, congestion))
+                    row.update(await measure(system, way, task, nbytes, folder))
                 except Failed as error:
                     row["failed"] = str(error)
             _print(row)
             if arguments.json is not None:
                 arguments.json.write_text(json.dumps(report, indent=1) + "\n")
-    return 0 if all(row.get("identical") and row["right"] != "no" for row in rows) else 1
+    return 0 if all(row.get("right", "no") != "no" for row in rows) else 1
 
 
 def _of_tcp(name: str) -> str:
@@ -262,18 +305,19 @@ def _of_tcp(name: str) -> str:
     return Path(f"/proc/sys/net/ipv4/tcp_{name}").read_text().strip()
 
 
-def _set_congestion_control(namespace: str, name: str) -> None:
-    setting = f"net.ipv4.tcp_congestion_control={name}"
+def _set_tcp(namespace: str, name: str, value: str) -> None:
+    setting = f"net.ipv4.tcp_{name}={value}"
     subprocess.run(["ip", "netns", "exec", namespace, "sysctl", "-qw", setting], check=True)
 
 
 def _print(row: dict[str, Any]) -> None:
     if "failed" in row:
-        print(f"{row['case']:>11} {row['codec']:>6} failed: {row['failed']}", flush=True)
+        what = f"{row['system']:>6} {row['case']:>11} {row['rtt_ms']:>6g} {row['codec']:>6}"
+        print(f"{what} failed: {row['failed']}", flush=True)
         return
     cells = []
     for name, width in COLUMNS.items():
-        value = row[name]
+        value = int(row[name]) if name == "rtt_ms" else row[name]
         cells.append(f"{f'{value:.3f}' if isinstance(value, float) else value:>{width}}")
     shares = " ".join(f"{share:.3f}" for share in row["shares"])
     fractions = " ".join(f"{fraction:.2f}" for fraction in row["fractions"])
@@ -292,6 +336,18 @@ def main() -> None:
     )
     parser.add_argument(
         "--max-mb", type=megabytes, default=128.0, help="no longer vectors than this, as float32"
+    )
+    parser.add_argument(
+        "--delay-ms",
+        type=several(quantity(0, "a round trip in ms")),
+        default=[0.0],
+        help="round trips between any two peers, by commas; 0: none is added",
+    )
+    parser.add_argument(
+        "--against", type=several(one_of("tcp")), default=[], help="the same bytes by plain TCP"
+    )
+    parser.add_argument(
+        "--no-idle-restart", action="store_true", help="TCP keeps its speed over pauses"
     )
     parser.add_argument("--congestion", help="TCP's congestion control; by default the machine's")
     parser.add_argument("--json", type=writable, help="every round's figures")

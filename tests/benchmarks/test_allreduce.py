@@ -54,6 +54,7 @@ def test_ours_and_gloo_are_measured_and_their_results_verified(tmp_path: Path) -
         ("allreduce.py", "--codec fp32,fp64", "fp64"),
         ("allreduce.py", "--json /nowhere/report.json", "/nowhere"),
         ("wan.py", "--cases 10,56k", "56k"),
+        ("wan.py", "--delay-ms 100,far", "far"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_status_2(script: str, arguments: str, about: str) -> None:
