@@ -387,7 +387,8 @@ class Network(Generic[_S]):
         if all(maddr.endswith(f"/p2p/{me}") for maddr in link.peers):
             raise ConfigError(
                 "the link names only this peer itself, which is how it looks when a home folder "
-                "was copied: start this one with a home of its own, or use another peer's link"
+                "was copied: start this one with a home of its own (--home), or use the link of "
+                "another peer"
             )
 
     async def _others(self, directory: Directory, run_id: str) -> list[PeerRecord]:
@@ -417,8 +418,8 @@ class Network(Generic[_S]):
             return
         raise ConfigError(
             f"another peer with this identity is running at {record.hosts[0]} port {record.port}: "
-            "two cannot share a key; stop that one, or start this one with a home folder of its "
-            "own (not a copy)"
+            "two cannot share a key; stop that one, or start this one with a home of its own "
+            "(--home), not a copy"
         )
 
     async def _remember(self, directory: ReachableDirectory, run_id: str) -> None:
