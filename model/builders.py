@@ -2,15 +2,22 @@
 
 Guaranteed: on one machine and one set of library versions, equal configuration and seed give equal
 parameters, bit for bit; all parameters are float32 on the CPU; nothing is fetched from the network
-unless `allow_download` says so; no code that comes with a checkpoint is run, and only safetensors
-weights are read, never pickles. Not guaranteed: equality across machines or versions; the swarm
-compares digests and hands its state over instead.
+unless `allow_download` says so; no code that comes with a checkpoint is run, no kernel that it or
+`overrides` name is fetched, and only safetensors weights are read, never pickles; what is larger
+than this machine's memory is refused before it is built. Not guaranteed: equality across machines
+or versions; the swarm compares digests and hands its state over instead.
+
+`overrides` come from a stranger as a rule, with the run file. So they reach the fields of the
+model's configuration alone, never an argument of the library: `from_pretrained` takes dozens, with
+which it reads other files, fetches kernels, which are code, or returns something else.
 
 `transformers` takes seconds to import and most runs do without it, hence the imports in functions.
 """
 
 from __future__ import annotations
 
+import difflib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,9 +33,33 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
+# Some model types ("mamba", for one) have `transformers` fetch kernels and run them where the
+# package `kernels` is there. Whoever wants that sets it to YES; a run file of a stranger cannot. It
+# is read when `transformers` is imported, which is later, in functions.
+os.environ.setdefault("USE_HUB_KERNELS", "NO")
+
 LEAST_BYTES: Final = 20
 """A peer's memory for each parameter: it and its gradient, the state's two vectors, and what is
 handed in, in float32. The inner optimizer's moments come on top."""
+
+_TABLE_COPIES: Final = 3
+"""Rotary tables while they are made: the angles, their cosines and their sines."""
+
+# Fields of a configuration that say not what the model is like, but what the library does with it.
+_NOT_OURS: Final = frozenset(
+    {
+        "architectures",
+        "auto_map",
+        "dtype",
+        "model_type",
+        "name_or_path",
+        "per_layer_config",
+        "quantization_config",
+        "torch_dtype",
+        "transformers_version",
+        "transformers_weights",
+    }
+)
 
 
 class ModelError(ValueError):
@@ -50,7 +81,8 @@ class ModelConfig:
         name: with "transformers", in this order: a folder with a `config.json` (and weights as
             safetensors, or none to start at random), a model type such as "gpt2" or "llama"
             (started at random in the shape given here), or a hub name such as "org/model".
-        overrides: further fields of the `transformers` configuration.
+        overrides: further fields of the `transformers` configuration, by the names that it has for
+            them; `build` refuses others.
         allow_download: may a hub name be fetched; otherwise only the local cache is looked at.
 
     Raises:
@@ -164,7 +196,8 @@ def build(config: ModelConfig, seed: int) -> LanguageModel:
 def _gpt(config: ModelConfig) -> GPT:
     # Not counted on torch's meta device: that imports torch._dynamo, 2.6 s of every peer's start.
     matrices = 12 * config.layers * config.width**2
-    _check_memory(matrices + 2 * config.vocabulary * config.width)
+    angles = config.context * (config.width // config.heads) // 2
+    _check_memory(matrices + 2 * config.vocabulary * config.width, 4 * _TABLE_COPIES * angles)
     return GPT(
         layers=config.layers,
         width=config.width,
@@ -174,26 +207,38 @@ def _gpt(config: ModelConfig) -> GPT:
     )
 
 
-def _check_memory(numel: int) -> None:
-    """Refuse what would get this process killed, before any memory is taken for it."""
-    free = available_bytes()
-    if free is not None and numel * LEAST_BYTES > free:
+def _check_memory(numel: int, tables_bytes: int) -> None:
+    """Refuse what would get this process killed, before any memory is taken for it.
+
+    Args:
+        numel: parameters.
+        tables_bytes: what the model holds besides.
+    """
+    free, needed = available_bytes(), numel * LEAST_BYTES + tables_bytes
+    if free is not None and needed > free:
+        tables = (
+            f" and {tables_bytes / 1e9:,.1f} GB of tables" if tables_bytes > needed / 10 else ""
+        )
         raise ModelError(
-            f"a model of {numel / 1e6:,.0f} M parameters needs {numel * LEAST_BYTES / 1e9:,.1f} GB"
-            f" of memory at least, and {free / 1e9:,.1f} GB are free here: make layers or width"
-            " smaller"
+            f"a model of {numel / 1e6:,.0f} M parameters{tables} needs {needed / 1e9:,.1f} GB of"
+            f" memory at least, and {free / 1e9:,.1f} GB are free here: make layers, width"
+            " or context smaller"
         )
 
 
 def _transformers(config: ModelConfig) -> TransformersModel:
-    inner = _load_transformers(config)
-    limit = getattr(inner.config, "max_position_embeddings", None)
-    if limit is not None and config.context > limit:
-        raise ModelError(
-            f"model context = {config.context} is more than the {limit} positions of {config.name}"
-        )
-    inner.to(dtype=torch.float32)  # type: ignore[call-arg]  # a checkpoint in bf16 would round each outer update away
-    return TransformersModel(inner.train(), config.context)
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ModelError(f"model {config.name!r} needs transformers: {error}") from error
+    try:
+        return TransformersModel(_load_transformers(config).train(), config.context)
+    except ModelError:
+        raise
+    # What the library raises for a name, a file or a field that it does not like is no closed set:
+    # whatever torch, safetensors or a constructor says to a value of the wrong type or size.
+    except Exception as error:
+        raise ModelError(_explain(config, error)) from error
 
 
 def local_checkpoint(config: ModelConfig) -> Path | None:
@@ -203,56 +248,83 @@ def local_checkpoint(config: ModelConfig) -> Path | None:
 
 
 def _load_transformers(config: ModelConfig) -> PreTrainedModel:
-    try:
-        from transformers import AutoConfig, AutoModelForCausalLM
-    except ImportError as error:
-        raise ModelError(f"model {config.name!r} needs transformers: {error}") from error
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = local_checkpoint(config)
-    source = str(folder or config.name)
-    # What the library raises for a name, a file or a field it does not like. Its messages run over
-    # many lines, the first of which says it.
-    try:
-        if folder is None and _is_model_type(config.name):
-            shape = _shape(config)
-            return _from_config(shape)
-        if folder is not None and not any(folder.glob("*.safetensors")):
-            if any(folder.glob("*.bin")):
-                raise ModelError(f"{folder} holds pickled weights: convert them to safetensors")
-            shape = AutoConfig.from_pretrained(source, local_files_only=True, **config.overrides)
-            return _from_config(shape)
-        return AutoModelForCausalLM.from_pretrained(
-            source,
-            local_files_only=not config.allow_download,
-            trust_remote_code=False,
-            use_safetensors=True,
-            dtype=torch.float32,
-            **config.overrides,
+    if folder is None and _is_model_type(config.name):
+        return _from_config(_checked(config, _shape(config)))
+    source, offline = str(folder or config.name), not config.allow_download or folder is not None
+    at_random = folder is not None and not any(folder.glob("*.safetensors"))
+    if folder is not None and at_random and any(folder.glob("*.bin")):
+        raise ModelError(f"{folder} holds pickled weights: convert them to safetensors")
+    shape = AutoConfig.from_pretrained(source, local_files_only=offline, trust_remote_code=False)
+    _override(config, shape, config.overrides)
+    shape = _checked(config, shape)
+    if at_random:
+        return _from_config(shape)
+    inner = AutoModelForCausalLM.from_pretrained(
+        source,
+        config=shape,
+        local_files_only=offline,
+        trust_remote_code=False,
+        use_safetensors=True,
+        dtype=torch.float32,
+    )
+    return _as_float32(inner)
+
+
+def _as_float32(inner: PreTrainedModel) -> PreTrainedModel:
+    # A checkpoint in bf16 would round each outer update away.
+    return inner.to(dtype=torch.float32)  # type: ignore[call-arg, no-any-return]
+
+
+def _checked(config: ModelConfig, shape: PretrainedConfig) -> PretrainedConfig:
+    """The configuration, if it can be trained here, and with nothing in it that names code.
+
+    Raises:
+        ModelError: it is quantised, its context is too short, or it is too large for this machine.
+    """
+    if getattr(shape, "quantization_config", None) is not None:
+        raise ModelError(f"{config.name} is quantised, which cannot be trained: use the original")
+    limit = getattr(shape, "max_position_embeddings", None)
+    if isinstance(limit, int) and config.context > limit:
+        raise ModelError(
+            f"model context = {config.context} is more than the {limit} positions of {config.name}"
         )
-    except ModelError:
-        raise
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise ModelError(_explain(config, error)) from error
+    # A `config.json` may name an attention, which can be a kernel on the hub. With None the library
+    # takes torch's own where the model has it ("sdpa"), else the model's own ("eager"). Both reach
+    # the configurations inside this one, too.
+    shape._attn_implementation = None
+    shape._experts_implementation = None
+    with torch.device("meta"):
+        empty = _make(shape)
+    _check_memory(
+        sum(p.numel() for p in empty.parameters()),
+        sum(b.numel() * b.element_size() for b in empty.buffers()),
+    )
+    return shape
 
 
 def _from_config(shape: PretrainedConfig) -> PreTrainedModel:
+    return _as_float32(_make(shape))
+
+
+def _make(shape: PretrainedConfig) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    def make() -> PreTrainedModel:
-        return AutoModelForCausalLM.from_config(shape)  # type: ignore[no-untyped-call, no-any-return]
-
-    with torch.device("meta"):
-        numel = sum(p.numel() for p in make().parameters())
-    _check_memory(numel)
-    return make()
+    return AutoModelForCausalLM.from_config(shape, trust_remote_code=False)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _explain(config: ModelConfig, error: Exception) -> str:
     if isinstance(error, OSError) and local_checkpoint(config) is None:
-        hint = "" if config.allow_download else " (allow_download is off, so only the cache counts)"
-        return f"model {config.name!r} is no folder, model type or reachable hub name{hint}"
-    reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-    return f"model {config.name!r} cannot be built: {reason}"
+        where = "reachable hub name" if config.allow_download else "hub name in the local cache"
+        hint = "" if config.allow_download else "; --allow-download fetches one from the hub"
+        return f"model {config.name!r} is no folder, model type or {where}{hint}"
+    # Messages run over many lines, the first of which says it; but "for field x:" says too little.
+    reason = " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
+    reason = "".join(c if c.isprintable() else "?" for c in reason)  # may quote a stranger
+    shown = reason if len(reason) <= 300 else f"{reason[:297]}..."
+    return f"model {config.name!r} cannot be built: {shown}"
 
 
 def _is_model_type(name: str) -> bool:
@@ -287,4 +359,61 @@ def _shape(config: ModelConfig) -> PretrainedConfig:
         "pad_token_id": None,
     }
     known = {name: value for name, value in wanted.items() if hasattr(default, name)}
-    return kind(**{**known, **config.overrides})
+    for name in config.overrides:
+        _check_field(config, default, name)
+    _check_names(config.overrides)
+    # Under the type's own names: of two for one field, the common one would win.
+    own = default.attribute_map
+    fields = {own.get(name, name): v for name, v in known.items()}
+    fields |= {own.get(name, name): v for name, v in config.overrides.items()}
+    return kind(**fields)  # all at once, as some fields follow from others
+
+
+def _override(config: ModelConfig, shape: PretrainedConfig, values: Mapping[str, Any]) -> None:
+    """Set fields of a configuration, and of those inside it.
+
+    Raises:
+        ModelError: it has no such field, or the field is not for a run file.
+    """
+    from transformers import PretrainedConfig
+
+    for name, value in values.items():
+        _check_field(config, shape, name)
+        inside = getattr(shape, name)
+        if isinstance(inside, PretrainedConfig) and isinstance(value, Mapping):
+            _override(config, inside, value)
+        else:
+            _check_names(value)
+            setattr(shape, name, value)
+
+
+def _check_field(config: ModelConfig, shape: PretrainedConfig, name: str) -> None:
+    _check_name(name)
+    known = [*shape.to_dict(), *shape.attribute_map]
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f": did you mean {close[0]!r}?" if close else ""
+        raise ModelError(f"model overrides: {config.name} has no field {_shown(name)}{hint}")
+
+
+def _check_names(value: Any) -> None:
+    """Look for names that are not for a run file inside a value, too."""
+    if isinstance(value, Mapping):
+        for name, part in value.items():
+            _check_name(name)
+            _check_names(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            _check_names(part)
+
+
+def _check_name(name: str) -> None:
+    if name in _NOT_OURS or name.startswith("_") or "kernel" in name or "implementation" in name:
+        raise ModelError(
+            f"model overrides: {_shown(name)} is not for a run file, which says what the model is"
+            " like, not how it is loaded or computed: leave it out"
+        )
+
+
+def _shown(name: str) -> str:
+    return repr(name if len(name) <= 60 else f"{name[:57]}...")

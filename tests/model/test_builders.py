@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -44,17 +46,171 @@ def test_a_model_type_is_built_in_the_shape_asked_for(name):
 
 @pytest.mark.parametrize("config", [ModelConfig(layers=3, width=64, heads=2), tiny("llama")])
 def test_a_model_that_memory_cannot_hold_is_refused_before_it_is_built(config, monkeypatch):
-    numel = sum(p.numel() for p in build(config, 0).parameters())
-    monkeypatch.setattr("model.builders.available_bytes", lambda: numel * LEAST_BYTES)
+    model = build(config, 0)
+    needed = LEAST_BYTES * sum(p.numel() for p in model.parameters())
+    tables = sum(b.numel() * b.element_size() for b in model.buffers())
+    needed += tables if config.kind == "transformers" else tables * 3 // 2  # and the angles
+    monkeypatch.setattr("model.builders.available_bytes", lambda: needed)
     build(config, 0)
-    monkeypatch.setattr("model.builders.available_bytes", lambda: numel * LEAST_BYTES - 1)
-    with pytest.raises(ModelError, match="make layers or width smaller") as caught:
+    monkeypatch.setattr("model.builders.available_bytes", lambda: needed - 1)
+    with pytest.raises(ModelError, match="make layers, width or context smaller") as caught:
         build(config, 0)
     assert "\n" not in str(caught.value)
 
 
-def test_overrides_reach_the_configuration():
-    assert build(tiny("llama", overrides={"num_key_value_heads": 1}), 0).inner.config.num_key_value_heads == 1  # noqa: E501  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [
+        ModelConfig(layers=1, width=1024, heads=1, context=2**24),
+        tiny("gpt2", context=2**24, width=1024),
+    ],
+)
+def test_a_long_context_counts_as_memory(config, monkeypatch):
+    monkeypatch.setattr("model.builders.available_bytes", lambda: 30 * 2**30)
+    with pytest.raises(ModelError, match="context smaller"):
+        build(config, 0)
+
+
+def test_a_checkpoint_that_memory_cannot_hold_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    build(tiny("gpt2"), 0).inner.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not read")
+    monkeypatch.setattr("model.builders.available_bytes", lambda: 1000)
+    with pytest.raises(ModelError, match="GB are free here"):
+        build(tiny(str(tmp_path)), 0)
+
+
+@pytest.mark.parametrize("name", ["n_layer", "num_hidden_layers"])
+def test_overrides_reach_the_configuration(name, tmp_path):
+    assert len(build(tiny("gpt2", overrides={name: 3}), 0).inner.transformer.h) == 3
+    build(tiny("gpt2"), 0).inner.config.save_pretrained(tmp_path)
+    assert len(build(tiny(str(tmp_path), overrides={name: 3}), 0).inner.transformer.h) == 3
+
+
+HOSTILE = [
+    {"attn_implementation": "evil/repo@main", "allow_all_kernels": True},
+    {"attn_implementation": "kernels-community/x"},
+    {"allow_all_kernels": True},
+    {"experts_implementation": "deepgemm"},
+    {"_attn_implementation": "evil/repo"},
+    {"_name_or_path": "evil/repo"},
+    {"id2label": {"attn_implementation": "evil/repo"}},
+    {"auto_map": {"AutoModelForCausalLM": "evil/repo--code.Model"}},
+    {"trust_remote_code": True},
+    {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+    {"cache_dir": "/somewhere"},
+    {"config": "/somewhere"},
+    {"device_map": "meta"},
+    {"dtype": "float16"},
+    {"torch_dtype": "float16"},
+    {"local_files_only": False},
+    {"output_loading_info": True},
+    {"weights_only": False},
+    {"save_pretrained": 1},
+    {"model_type": "llama"},
+    {"no_such_field": 1},
+    {"n" * 10_000: 1},
+]
+
+
+@pytest.fixture
+def fetched(monkeypatch):
+    """What is fetched from the hub as code: nothing, or the test fails."""
+    import transformers.integrations.hub_kernels as hub_kernels
+    import transformers.modeling_utils as modeling_utils
+
+    def refuse(*arguments, **settings):
+        calls.append(arguments)
+        raise ValueError("no such kernel")
+
+    calls = []
+    monkeypatch.setattr(hub_kernels, "is_kernels_available", lambda *_: True)
+    monkeypatch.setattr(modeling_utils, "is_kernels_available", lambda *_: True)
+    monkeypatch.setattr(hub_kernels, "get_kernel", refuse)
+    return calls
+
+
+@pytest.mark.parametrize("overrides", HOSTILE, ids=lambda overrides: next(iter(overrides))[:30])
+@pytest.mark.parametrize("kind", ["type", "configuration", "weights"])
+def test_overrides_reach_nothing_but_the_configuration(kind, overrides, tmp_path, fetched):
+    name = "gpt2"
+    if kind != "type":
+        name, inner = str(tmp_path), build(tiny("gpt2"), 0).inner
+        (inner if kind == "weights" else inner.config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="overrides") as caught:
+        build(tiny(name, overrides=overrides), 0)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+    assert not fetched
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"n_layer": "x"},
+        {"n_layer": 1.5},
+        {"resid_pdrop": 2.0},
+        {"activation_function": "nonsense"},
+        {"n_head": 0},
+        {"vocab_size": -1},
+        {"vocab_size": 10**30},
+        {"layer_norm_epsilon": [1]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("folder", [False, True])
+def test_an_override_that_the_library_refuses_is_one_line(overrides, folder, tmp_path):
+    name = "gpt2"
+    if folder:
+        build(tiny("gpt2"), 0).inner.config.save_pretrained(tmp_path)
+        name = str(tmp_path)
+    with pytest.raises(ModelError) as caught:
+        build(tiny(name, overrides=overrides), 0)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("weights", [True, False])
+@pytest.mark.parametrize("field", ["attn_implementation", "_attn_implementation"])
+def test_a_checkpoint_cannot_name_a_kernel(field, weights, tmp_path, fetched):
+    inner = build(tiny("llama"), 0).inner
+    (inner if weights else inner.config).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: "evil/repo@main"}))
+    loaded = build(tiny(str(tmp_path)), 0)
+    assert not fetched
+    assert loaded.inner.config._attn_implementation == "sdpa"
+
+
+def test_code_that_comes_with_a_checkpoint_is_not_run(tmp_path):
+    build(tiny("gpt2"), 0).inner.config.save_pretrained(tmp_path)
+    path, run = tmp_path / "config.json", tmp_path / "run"
+    code = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": code}))
+    (tmp_path / "code.py").write_text(f"open({str(run)!r}, 'w')")
+    build(tiny(str(tmp_path)), 0)
+    assert not run.exists()
+
+
+def test_quantised_weights_are_not_trained(tmp_path):
+    build(tiny("gpt2"), 0).inner.config.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    how = {"quant_method": "fp8"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": how}))
+    with pytest.raises(ModelError, match="quantised"):
+        build(tiny(str(tmp_path)), 0)
+
+
+@pytest.mark.slow
+def test_models_do_not_bring_kernels_of_their_own():
+    code = (
+        "import model.builders\n"
+        "from transformers.integrations import hub_kernels\n"
+        "assert not hub_kernels._kernels_enabled\n"
+    )
+    clean = {name: value for name, value in os.environ.items() if name != "USE_HUB_KERNELS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=clean, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_checkpoint_folder_gives_its_weights_in_float32(tmp_path):
