@@ -263,6 +263,11 @@ def _node_options(command: _Command) -> _Command:
             help="Text file, or folder of them, to train on.",
         ),
         click.option(
+            "--allow-download",
+            is_flag=True,
+            help="Fetch the model that the run names from the Hugging Face hub, if it is not here.",
+        ),
+        click.option(
             "--threads",
             type=click.IntRange(1, 4096),
             help="Processor threads for training; default: all.",
@@ -692,6 +697,7 @@ def _follow(options: dict[str, Any], run_file: Path | None = None) -> int:
         data=str(options["data"].resolve()) if options["data"] else "",
         device=options["device"],
         threads=options["threads"] or 0,
+        allow_download=options["allow_download"],
     )
     return 0
 
@@ -777,6 +783,7 @@ def _run_node(
             new=new,
             data=str(options["data"].resolve()) if options["data"] else "",
             device=options["device"],
+            allow_download=options["allow_download"],
             threads=options["threads"] or 0,
             checkpoint_every=options["checkpoint_every"],
             keep_checkpoints=options["keep_checkpoints"],

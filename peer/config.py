@@ -168,15 +168,24 @@ def published(text: str, config: RunConfig) -> str:
 
 
 def configured(
-    text: str, *, run_file: Path | None = None, data: str = "", device: str = ""
+    text: str,
+    *,
+    run_file: Path | None = None,
+    data: str = "",
+    device: str = "",
+    allow_download: bool = False,
 ) -> RunConfig:
     """What this machine makes of a run file, its own or one from the swarm.
+
+    The swarm's is of a stranger: its `allow_download` does not make this machine download.
 
     Args:
         text: TOML.
         run_file: where it lies; None for the swarm's.
         data: where this machine has the run's data; empty: as the run file says.
         device: what computes.
+        allow_download: may a model be fetched from the hub, though the run file does not say so, or
+            is not this machine's own.
 
     Raises:
         ConfigError: as `load` does; or the swarm's run has data of its own, and `data` is empty.
@@ -186,6 +195,7 @@ def configured(
         # A relative path in a run file is relative to the run file, not to the working directory.
         own = config.trainer.data.path
         data = data or (str(run_file.parent / own) if own else "")
+        allow_download = allow_download or config.trainer.model.allow_download
     else:
         config = load(text, "the run's file, as published,")
         if config.trainer.data.path and not data:
@@ -193,12 +203,23 @@ def configured(
                 f"run {config.name!r} trains on its own text, {config.trainer.data.path!r}: "
                 "say where your copy of it is with --data PATH"
             )
-    return localised(config, data=data, device=device)
+    return localised(config, data=data, device=device, allow_download=allow_download)
 
 
-def localised(config: RunConfig, *, data: str, device: str) -> RunConfig:
-    """The configuration with what is this machine's own: where the data are, what computes."""
+def localised(
+    config: RunConfig, *, data: str, device: str, allow_download: bool = False
+) -> RunConfig:
+    """The configuration with what is this machine's own.
+
+    Args:
+        config: of the run file.
+        data: where the data are; empty: as the run file says.
+        device: what computes; empty: as chosen by itself.
+        allow_download: whether this machine may fetch a model, whatever the run file says.
+    """
     trainer = config.trainer
+    model = dataclasses.replace(trainer.model, allow_download=allow_download)
+    trainer = dataclasses.replace(trainer, model=model)
     if data:
         trainer = dataclasses.replace(trainer, data=dataclasses.replace(trainer.data, path=data))
     if device:

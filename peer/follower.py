@@ -27,7 +27,15 @@ from peer.signals import heeded
 GRACE_S = 10.0  # longer than rank 0's, `peer.node.POLITE_S`
 
 
-def follow(*, rank: int, run_file: Path | None, data: str, device: str, threads: int) -> None:
+def follow(
+    *,
+    rank: int,
+    run_file: Path | None,
+    data: str,
+    device: str,
+    threads: int,
+    allow_download: bool = False,
+) -> None:
     """Compute for rank 0 until it says that this is over.
 
     Args:
@@ -36,6 +44,7 @@ def follow(*, rank: int, run_file: Path | None, data: str, device: str, threads:
         data: as given to this process; empty: as the run file says.
         device: as given to this process.
         threads: for torch; 0 = its own choice.
+        allow_download: as given to this process.
 
     Raises:
         ConfigError: this process cannot make of the run file what rank 0 could.
@@ -47,7 +56,9 @@ def follow(*, rank: int, run_file: Path | None, data: str, device: str, threads:
     _heed_signals()
 
     def trained(text: str) -> TrainerConfig:
-        return configured(text, run_file=run_file, data=data, device=device).trainer
+        return configured(
+            text, run_file=run_file, data=data, device=device, allow_download=allow_download
+        ).trainer
 
     try:
         box.follow(trained)

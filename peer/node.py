@@ -4,9 +4,10 @@ Guarantees: the first Ctrl-C, SIGTERM, `shoal stop` or broken pipe makes it leav
 second Ctrl-C at once, and a polite leave that takes too long is cut short, but for a checkpoint
 that is being written: that has the time it takes. Either way the folder's lock and `daemon.json`
 are given back and the libp2p daemon goes with the process. A signal that was ignored when the
-process started (`nohup`) stays ignored. What a run file
-from the swarm says never opens a text of this machine: its data are read from where the person
-says. Not guaranteed: that a leave cut short is noticed by the others before their own time-outs.
+process started (`nohup`) stays ignored. What a run file from the swarm says never opens a text of
+this machine: its data are read from where the person says; nor does it make this machine download a
+model, unless the person says so. Not guaranteed: that a leave cut short is noticed by the others
+before their own time-outs.
 """
 
 from __future__ import annotations
@@ -91,6 +92,8 @@ class NodeConfig:
         link_file: where to write the join link; None for nowhere.
         data: where this machine has the run's data; empty: as the run file says.
         device: "auto", "cpu", "cuda", ...
+        allow_download: may the run's model be fetched from the hub; a run file of one's own may say
+            so, too.
         threads: for torch; 0 = its own choice.
         checkpoint_every: save the run's state after so many rounds; 0 for never.
         keep_checkpoints: how many of the last ones stay on disk.
@@ -106,6 +109,7 @@ class NodeConfig:
     link_file: Path | None = None
     data: str = ""
     device: str = "auto"
+    allow_download: bool = False
     threads: int = 0
     checkpoint_every: int = 1
     keep_checkpoints: int = 3
@@ -328,7 +332,7 @@ class Node:
         path = self._config.run_file
         assert path is not None
         text = runfile.read(path)
-        config = configured(text, run_file=path, data=self._config.data, device=self._config.device)
+        config = self._configured(text, path)
         if self._config.link_file is not None:
             remove_link_file(self._config.link_file)  # nobody shall join what an old one names
         # The trainer first: a run that cannot be trained here should not be published.
@@ -361,10 +365,19 @@ class Node:
         if run is None:
             return None
         text = run.run_file.decode()
-        config = configured(text, data=self._config.data, device=self._config.device)
+        config = self._configured(text)
         self._update(name=config.name)
         trainer = self._trainer(config, text)
         return (config, trainer, run) if trainer is not None else None
+
+    def _configured(self, text: str, run_file: Path | None = None) -> RunConfig:
+        return configured(
+            text,
+            run_file=run_file,
+            data=self._config.data,
+            device=self._config.device,
+            allow_download=self._config.allow_download,
+        )
 
     def _trainer(self, config: RunConfig, run_file: str) -> Trainer | None:
         try:

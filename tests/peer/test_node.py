@@ -22,7 +22,7 @@ from dht.link import Link
 from dht.records import SignedRun
 from model.box import BoxError
 from model.builders import ModelError
-from model.trainer import TrainingDiverged
+from model.trainer import TrainerConfig, TrainingDiverged
 from peer import output as outputs
 from peer.control import ask_status, ask_stop
 from peer.events import Event, LineWriter, RoundEvent, to_json
@@ -176,6 +176,42 @@ def test_a_strangers_run_file_opens_no_file_of_ours(
     with pytest.raises(ConfigError, match="--data PATH"):
         make(link=link).run()
     assert recorder.of("joined") == []
+
+
+@pytest.mark.parametrize("switch", [False, True])
+def test_a_strangers_run_file_downloads_nothing_without_a_word_of_ours(
+    make: Callable[..., Node], swarm: Any, monkeypatch: pytest.MonkeyPatch, switch: bool
+) -> None:
+    asked = model_asked_for(monkeypatch)
+    link = published(swarm, HUB_MODEL)
+    with pytest.raises(ConfigError, match="not trained here"):
+        make(link=link, allow_download=switch).run()
+    assert asked == [switch]
+
+
+def test_a_run_file_of_ones_own_may_say_that_a_model_is_fetched(
+    make: Callable[..., Node], run_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = model_asked_for(monkeypatch)
+    run_file.write_text(HUB_MODEL)
+    with pytest.raises(ConfigError, match="not trained here"):
+        make(run_file=run_file).run()
+    assert asked == [True]
+
+
+HUB_MODEL = '[model]\nkind = "transformers"\nname = "some/model"\nallow_download = true\n'
+
+
+def model_asked_for(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether a model may be fetched, each time one is built."""
+    asked = []
+
+    def trainer(crew: object, config: TrainerConfig, *_: object) -> None:
+        asked.append(config.model.allow_download)
+        raise ModelError("not trained here")
+
+    monkeypatch.setattr("peer.node.Crew.trainer", trainer)
+    return asked
 
 
 def test_a_strangers_broken_run_file_is_one_line(make: Callable[..., Node], swarm: Any) -> None:
