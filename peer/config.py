@@ -310,8 +310,10 @@ def _values(
             raise ConfigError(f"{at} unknown field {_shown(name)}: {remedy}")
         values[name] = _typed(types[name], value, f"{at} {name} = {_shown(value)}")
         low, high = _BOUNDS.get(f"{where}.{name}" if where else name, (-math.inf, math.inf))
-        if isinstance(value, int | float) and not low <= value <= high:  # refuses NaN too
-            raise ConfigError(f"{at} {name} = {value}: use {low:g} to {high:g}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{at} {name} = {value}: use a finite number")
+        if isinstance(value, int | float) and not low <= value <= high:
+            raise ConfigError(f"{at} {name} = {_shown(value)}: use {low:g} to {high:g}")
     return values
 
 
@@ -333,6 +335,7 @@ def _typed(kind: Any, value: Any, what: str) -> Any:
     if typing.get_origin(kind) is Mapping:
         if not isinstance(value, dict):
             raise ConfigError(f"{what} is no table: write it as in {{ n_positions = 64 }}")
+        _check_plain(value, what)
         return value
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, list) or (... not in choices and len(value) != len(choices)):
@@ -340,6 +343,21 @@ def _typed(kind: Any, value: Any, what: str) -> Any:
             raise ConfigError(f"{what} is not {shape}: write it as in [0.9, 0.99]")
         return tuple(_typed(choices[0], part, what) for part in value)
     raise TypeError(f"{what}: a run file cannot set a field of type {kind}")
+
+
+def _check_plain(value: Any, what: str) -> None:
+    """Refuse what no configuration of a model holds, at any depth: dates, NaN, NUL characters."""
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, list):
+        for part in value:
+            _check_plain(part, what)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{what}: use finite numbers")
+    elif type(value) not in _KINDS:
+        raise ConfigError(f"{what}: use numbers, text, true, false, lists and tables of them")
+    elif isinstance(value, str):
+        _typed(str, value, what)
 
 
 def _shown(value: object) -> str:

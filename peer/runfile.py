@@ -17,6 +17,7 @@ from typing import Any
 from dht.errors import ConfigError
 
 MAX_BYTES = 32 * 1024  # a signed run travels in one DHT record
+MAX_DEPTH = 32  # deeper than any run file needs, and far from where Python's own functions give up
 
 Tables = dict[str, Any]
 
@@ -91,10 +92,12 @@ def parse(text: str, source: str) -> Tables:
         source: what to call it in an error.
 
     Raises:
-        ConfigError: it is not TOML.
+        ConfigError: it is not TOML, nested too deeply, or has numbers of more than 64 bits.
     """
     try:
-        return tomllib.loads(text)
+        tables = tomllib.loads(text)
+        _check(tables, source, "", 0)
+        return tables
     except RecursionError as error:
         raise ConfigError(f"{source} is nested too deeply: is it a run file?") from error
     except tomllib.TOMLDecodeError as error:
@@ -102,6 +105,26 @@ def parse(text: str, source: str) -> Tables:
             f"{source} is not valid TOML: {str(error)[:200]}; text needs quotes, as in "
             'name = "my run"'
         ) from error
+    except ValueError as error:  # Python's own limit, of thousands of digits
+        raise ConfigError(f"{source} has a number of too many digits: is it a run file?") from error
+
+
+def _check(value: Any, source: str, name: str, depth: int) -> None:
+    """Refuse what TOML bears and Python chokes on later, in `repr` or `float`.
+
+    Whole numbers have 64 bits in TOML; `tomllib` takes more.
+    """
+    if depth > MAX_DEPTH:
+        raise ConfigError(f"{source} is nested too deeply: is it a run file?")
+    if isinstance(value, dict):
+        for key, part in value.items():
+            _check(part, source, key, depth + 1)
+    elif isinstance(value, list):
+        for part in value:
+            _check(part, source, name, depth + 1)
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        shown = name if len(name) <= 60 else f"{name[:57]}..."
+        raise ConfigError(f"{source}: {shown!r} has more than 64 bits: use a smaller number")
 
 
 def published(text: str, data: str) -> str:

@@ -199,6 +199,7 @@ def test_a_run_file_of_ones_own_may_say_that_a_model_is_fetched(
     assert asked == [True]
 
 
+GPT2 = '[model]\nkind = "transformers"\nname = "gpt2"\n'
 HUB_MODEL = '[model]\nkind = "transformers"\nname = "some/model"\nallow_download = true\n'
 
 
@@ -214,10 +215,23 @@ def model_asked_for(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return asked
 
 
-def test_a_strangers_broken_run_file_is_one_line(make: Callable[..., Node], swarm: Any) -> None:
-    link = published(swarm, "[model]\nlayers = 1000000000\n")
-    with pytest.raises(ConfigError, match="layers = 1000000000"):
-        make(link=link).run()
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[model]\nlayers = 1000000000\n", "layers = 1000000000"),
+        (f"seed = {'9' * 5000}", "too many digits"),
+        (f"seed = 0x{'f' * 5000}", "'seed' has more than 64 bits"),
+        (f"[optimizer]\nlr = 1{'0' * 400}", "'lr' has more than 64 bits"),
+        (f"{GPT2}overrides = {{ n_layer = 'x' }}", "n_layer"),
+        (f"{GPT2}overrides = {{ attn_implementation = 'evil/repo' }}", "is not for a run file"),
+    ],
+)
+def test_a_strangers_broken_run_file_is_one_line(
+    make: Callable[..., Node], swarm: Any, text: str, says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says) as caught:
+        make(link=published(swarm, text)).run()
+    assert len(str(caught.value)) < 400
 
 
 def test_a_run_that_nobody_knows(
