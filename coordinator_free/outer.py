@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from coordinator_free import kernels
+from coordinator_free.bounds import check_bounds
 from coordinator_free.optimizer import Position, checked
 from dht.errors import ConfigError
 
@@ -38,6 +39,8 @@ SEGMENT: Final = 32_768
 _INFINITY: Final = 0x7F80_0000
 """Its bits. NaNs have larger ones, all else smaller."""
 
+_BOUNDS: Final = {"lr": (0.0, 10.0), "momentum": (0.0, 0.999)}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OuterConfig:
@@ -45,8 +48,8 @@ class OuterConfig:
 
     Attributes:
         kind: "nesterov", or "sgd" that has no momentum: half the state to hold and to download.
-        lr: outer learning rate, > 0. Rounded to float32.
-        momentum: of "nesterov", in [0, 1). Rounded to float32.
+        lr: outer learning rate, above 0 and at most 10. Rounded to float32.
+        momentum: of "nesterov", in [0, 0.999]. Rounded to float32.
 
     Raises:
         ConfigError: a value outside its range.
@@ -59,12 +62,9 @@ class OuterConfig:
     def __post_init__(self) -> None:
         if self.kind not in ("nesterov", "sgd"):
             raise ConfigError(f"outer.kind = {self.kind!r}: use 'nesterov' or 'sgd'")
-        if not (math.isfinite(self.lr) and self.lr > 0):
+        check_bounds("outer", self, _BOUNDS)
+        if not self.lr:
             raise ConfigError(f"outer.lr = {self.lr}: give a number above 0, such as 0.7")
-        if not 0 <= self.momentum < 1:
-            raise ConfigError(
-                f"outer.momentum = {self.momentum}: give a number of at least 0 and below 1"
-            )
 
 
 class OuterOptimizer:

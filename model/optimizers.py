@@ -25,6 +25,10 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+# Rates, bounds, the quintic and `schedule` below are in `coordinator_free.gradient` once more, for
+# steps that are equal to the bit on every machine: `model` stands alone, and the network's layers
+# never import it. Tests compare what both make of them.
+#
 # The quintic's coefficients: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/. They
 # trade exactness for speed: singular values end up in about [0.7, 1.2], which costs no loss.
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -33,6 +37,16 @@ _NEWTON_SCHULZ_STEPS = 5
 # What `lr=0` stands for: best of a few on a GPT of 2 layers and width 64; not tuned for others.
 # Fine-tuning a checkpoint wants a hundredth of it.
 _DEFAULT_LR = {"adamw": 4e-3, "muon": 0.015, "sgd": 0.1, "schedulefree": 0.016}
+
+_BOUNDS = {
+    "lr": (0, 100),
+    "adamw_lr": (0, 100),
+    "weight_decay": (0, 100),
+    "grad_clip": (0, 1e9),
+    "warmup_samples": (0, 1e12),
+    "total_samples": (0, 1e15),
+    "joiner_warmup_steps": (0, 1e9),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,8 +68,8 @@ class OptimizerConfig:
             larger, wants a hundredth of the default.
         grad_clip: largest gradient norm; 0 does not clip.
         warmup_samples: the swarm's sequences of linear warm-up.
-        total_samples: the swarm's sequences until the cosine ends; 0 when nobody knows: constant
-            after warm-up. Schedule-Free does not look at it.
+        total_samples: the swarm's sequences until the cosine ends, more than those of the warm-up;
+            0 when nobody knows: constant after it. Schedule-Free does not look at it.
         joiner_warmup_steps: a peer's own steps of linear warm-up since it started, or since
             `reset`: its moments are still those of a few batches. The smaller factor holds.
 
@@ -81,27 +95,44 @@ class OptimizerConfig:
                 f"optimizer kind {self.kind!r} is unknown:"
                 " use 'muon', 'adamw', 'sgd' or 'schedulefree'"
             )
-        for name in (
-            "lr",
-            "weight_decay",
-            "grad_clip",
-            "warmup_samples",
-            "total_samples",
-            "joiner_warmup_steps",
-        ):
+        for name, (low, high) in _BOUNDS.items():
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"optimizer {name} = {value} must be a number of at least 0")
-        if not (math.isfinite(self.adamw_lr) and self.adamw_lr > 0):
+            # NaN is in no bounds, and whole numbers of any size compare with floats.
+            if not _is_number(value) or not low <= value <= high:
+                raise ValueError(
+                    f"optimizer {name} = {_shown(value)} must be a number from {low:g} to {high:g}"
+                )
+        if not self.adamw_lr:
             raise ValueError(f"optimizer adamw_lr = {self.adamw_lr} must be more than 0")
-        for name, fraction in (("momentum", self.momentum), *(("betas", b) for b in self.betas)):
-            if not 0 <= fraction < 1:
-                raise ValueError(f"optimizer {name}: {fraction} must be at least 0 and below 1")
+        betas = self.betas if isinstance(self.betas, tuple) else ()
+        if len(betas) != 2:
+            raise ValueError(f"optimizer betas = {_shown(self.betas)} must be two numbers")
+        for name, fraction in (("momentum", self.momentum), *(("betas", b) for b in betas)):
+            if not _is_number(fraction) or not 0 <= fraction < 1:
+                raise ValueError(
+                    f"optimizer {name}: {_shown(fraction)} must be at least 0 and below 1"
+                )
+        if 0 < self.total_samples <= self.warmup_samples:
+            raise ValueError(
+                f"optimizer total_samples = {self.total_samples} must be more than warmup_samples ="
+                f" {self.warmup_samples}, or 0 for a constant rate after the warm-up"
+            )
 
     @property
     def peak_lr(self) -> float:
         """The learning rate of `kind` after warm-up."""
         return self.lr or _DEFAULT_LR[self.kind]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, int) and value.bit_length() > 64:  # Python refuses to print the longest
+        return f"a number of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def schedule(samples: int, *, warmup_samples: int, total_samples: int, floor: float = 0.1) -> float:

@@ -60,7 +60,7 @@ class TrainerConfig:
         data: on what.
         optimizer: how.
         batch_size: sequences in a step.
-        micro_batch: sequences in memory at once; 0 for the whole batch, or what fits of it.
+        micro_batch: sequences in memory at once, at most `batch_size`; 0 for as many as fit.
         precision: of activations and matrix products: "bf16" is autocast, "auto" that where the GPU
             is made for it and fp32 elsewhere. Parameters, gradients and moments are always fp32.
         gradient_checkpointing: compute activations twice instead of keeping them.
@@ -89,6 +89,11 @@ class TrainerConfig:
                 raise ValueError(f"trainer {name} = {value} must be at least 1")
         if self.micro_batch < 0:
             raise ValueError(f"trainer micro_batch = {self.micro_batch} must not be negative")
+        if self.micro_batch > self.batch_size:
+            raise ValueError(
+                f"trainer micro_batch = {self.micro_batch} is more than batch_size ="
+                f" {self.batch_size}: use at most that, or 0 for as many as fit"
+            )
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ValueError(
                 f"trainer precision {self.precision!r} is unknown: use 'auto', 'fp32' or 'bf16'"

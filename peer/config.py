@@ -45,7 +45,7 @@ _REMEDIES = {
 }
 _T = TypeVar("_T")
 
-# What the numbers must keep to; the owners check what only they know (heads dividing width, ...).
+# What the numbers must keep to, where their owners have no bounds of their own.
 _BOUNDS: dict[str, tuple[float, float]] = {
     "seed": (0, 2**31 - 1),
     "model.layers": (1, 1000),
@@ -54,19 +54,10 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "model.context": (1, 2**24),
     "model.vocabulary": (2, 2**24),
     "data.validation_fraction": (0.0001, 0.9),
-    "optimizer.lr": (0, 100),
-    "optimizer.adamw_lr": (0, 100),
-    "optimizer.warmup_samples": (0, 1e12),
-    "optimizer.total_samples": (0, 1e15),
-    "optimizer.joiner_warmup_steps": (0, 1e9),
-    "optimizer.grad_clip": (0, 1e9),
-    "optimizer.weight_decay": (0, 100),
     "training.batch_size": (1, 2**20),
     "training.micro_batch": (0, 2**20),
     "training.eval_blocks": (1, 2**20),
     **{f"round.{name}": bounds for name, bounds in BOUNDS.items()},
-    "outer.lr": (0, 10),
-    "outer.momentum": (0, 0.999),
 }
 
 

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from coordinator_free import gradient_kernels, kernels
+from coordinator_free import gradient, gradient_kernels, kernels
+from coordinator_free.bounds import shown
 from coordinator_free.gradient import (
     FLOOR,
     PIECE,
@@ -539,8 +540,37 @@ def test_tensors_must_fill_the_vector_and_muons_be_matrices() -> None:
         ("eps", math.nan),
         ("warmup_samples", -1),
         ("total_samples", -1),
+        ("lr", 1e308),
+        ("lr", "3"),
+        ("lr", None),
+        ("lr", True),
+        ("adamw_lr", 101.0),
+        ("betas", None),
+        ("betas", ("a", 0.9)),
+        ("betas", (0.9, 10**400)),
+        ("momentum", "0.9"),
+        ("warmup_samples", 10**400),
+        ("warmup_samples", 10**5000),
+        ("step_samples", 2**41),
     ],
+    ids=lambda value: shown(value)[:20],
 )
 def test_impossible_constants_are_one_line_config_errors(field: str, value: object) -> None:
-    with pytest.raises(ConfigError, match=f"gradient.{field}"):
+    with pytest.raises(ConfigError, match=f"gradient.{field}") as caught:
         GradientConfig(**{field: value})  # type: ignore[arg-type]
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("total", [1, 10])
+def test_a_schedule_that_ends_in_the_warm_up_is_refused(total: int) -> None:
+    for kind, error in ((GradientConfig, ConfigError), (OptimizerConfig, ValueError)):
+        with pytest.raises(error, match="warmup_samples = 10"):
+            kind(warmup_samples=10, total_samples=total)
+        kind(warmup_samples=10, total_samples=11)
+        kind(warmup_samples=10, total_samples=0)
+
+
+def test_both_have_the_same_bounds() -> None:
+    common = gradient._BOUNDS.keys() & optimizers._BOUNDS.keys()
+    assert "lr" in common
+    assert all(gradient._BOUNDS[name] == optimizers._BOUNDS[name] for name in common)

@@ -208,6 +208,11 @@ def test_a_slice_that_does_not_fit_changes_nothing() -> None:
         ("momentum", 1.0),
         ("momentum", -0.1),
         ("momentum", math.nan),
+        ("momentum", 0.9999),
+        ("momentum", None),
+        ("lr", 1e308),
+        ("lr", 10**400),
+        ("lr", "3"),
     ],
 )
 def test_impossible_constants_are_one_line_config_errors(field: str, value: object) -> None:

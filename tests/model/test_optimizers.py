@@ -266,6 +266,13 @@ def test_schedule_stays_in_bounds_and_turns_once(samples, more, warmup, total, f
         {"momentum": 1.0},
         {"betas": (0.9, 2.0)},
         {"grad_clip": -1.0},
+        {"lr": 1e308},
+        {"lr": 10**400},
+        {"lr": "3"},
+        {"betas": None},
+        {"betas": (0.9, "x")},
+        {"weight_decay": 101},
+        {"total_samples": 128},
     ],
 )
 def test_a_wrong_field_is_named(fields):

@@ -202,7 +202,7 @@ def reference_gradient(one: Trainer, blocks: list[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize("micro", [1, 2, 3, 12])
 def test_the_accumulated_gradient_is_that_of_the_whole(untrained_head, micro):
-    one = untrained_head(micro_batch=micro)
+    one = untrained_head(batch_size=12, micro_batch=micro)
     one.begin_round(2, 0, 1)
     reports = [one.accumulate() for _ in range(12 // micro)]
     assert [report.samples for report in reports] == [micro] * (12 // micro)
@@ -443,7 +443,14 @@ def test_a_wrong_device_is_one_line(tiny, device):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"batch_size": 0}, {"eval_blocks": 0}, {"micro_batch": -1}, {"precision": "fp8"}]
+    "fields",
+    [
+        {"batch_size": 0},
+        {"eval_blocks": 0},
+        {"micro_batch": -1},
+        {"micro_batch": 9, "batch_size": 8},
+        {"precision": "fp8"},
+    ],
 )
 def test_a_wrong_field_is_named(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
