@@ -8,8 +8,8 @@ remove the runtime directory. The kernel closes the pipe whatever ends us, SIGKI
 Guaranteed: daemon and runtime directory vanish with our process, however it ends, and a Ctrl-C in
 the terminal does not reach the daemon before we have said goodbye through it. The runtime directory
 has mode 0700, so no other user can command the daemon. Not guaranteed: this for a guardian that is
-itself killed together with us, or while a process that was forked off ours (without exec) still
-lives and holds a copy of the pipe.
+itself killed together with us, or while a process that was forked off ours by other means than
+Python's, and without exec, still lives and holds a copy of the pipe.
 
 Every daemon of this build carries strangers' libp2p circuits of at most 128 KiB and 2 minutes, and
 no option turns that off or reliably raises it: p2pd starts a relay with libp2p's default limits
@@ -31,6 +31,7 @@ import shutil
 import signal
 import socket
 import tempfile
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -77,6 +78,20 @@ kill -KILL "$watcher" 2>/dev/null
 rm -rf "$directory"
 exit "$status"
 """
+
+# The ends of guardians' pipes that this process holds. Processes that are forked off it, a data
+# loader's for one, may outlive it: with copies they would keep the daemon. They close the objects
+# and not just the numbers, which may be others' by the time the objects are collected.
+_held: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _let_go() -> None:
+    for pipe in list(_held):
+        pipe.close()
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 _PORT_ATTEMPTS = 5
 _MAX_LINE_BYTES = 500
@@ -340,8 +355,8 @@ class Daemon:
         pid = transport.get_pid()
         pipe = transport.get_pipe_transport(0)
         if isinstance(pipe, asyncio.WriteTransport) and not pipe.is_closing():
-            # A line and not only the end of the pipe: a process forked off ours may hold a copy of
-            # it open for longer than we live.
+            # A line and not only the end of the pipe: of a process forked off ours by a library in
+            # C, a copy may stay open for longer than we live.
             pipe.write(b"\n")
             pipe.close()
         try:
@@ -377,6 +392,9 @@ class Daemon:
             )
         except OSError as exc:
             raise ConfigError(f"cannot start the libp2p daemon: {exc}") from exc
+        stdin = self._transport.get_pipe_transport(0)
+        assert stdin is not None
+        _held.add(stdin.get_extra_info("pipe"))
         try:
             await self._until_ready()
             await self._attach()

@@ -204,7 +204,7 @@ def test_a_peer_id_within_an_address_is_a_multihash() -> None:
 
 
 OWNER = """
-import asyncio, signal, sys
+import asyncio, os, signal, sys
 from pathlib import Path
 from dht.daemon import Daemon, DaemonConfig
 
@@ -215,6 +215,11 @@ async def main():
     daemon = await Daemon.start(
         DaemonConfig(identity_path=Path(sys.argv[1]), host_maddrs=("/ip4/127.0.0.1/tcp/0",))
     )
+    if sys.argv[2:] and not os.fork():
+        for number in (1, 2):
+            os.close(number)
+        while True:
+            signal.pause()
     try:
         print(daemon.pid, daemon.directory, flush=True)
         await asyncio.Future()
@@ -258,3 +263,25 @@ async def test_ends_with_the_process_that_owns_it(
     _, complaints = await owner.communicate()
     await eventually(lambda: not anything_left())
     assert complaints == b""
+
+
+async def test_ends_though_a_process_forked_off_its_owner_lives(
+    config: DaemonConfig, alive: Alive, daemon_pid: FindDaemon, eventually: Eventually
+) -> None:
+    owner = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", OWNER, str(config.identity_path), "fork"),
+        cwd=ROOT,
+        stdout=asyncio.subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert owner.stdout is not None
+    guardian, directory = (await owner.stdout.readline()).decode().split()
+    p2pd = daemon_pid(int(guardian))
+    try:
+        owner.kill()
+        await owner.wait()
+        os.killpg(owner.pid, 0)  # the forked process is there
+        await eventually(lambda: not (alive(p2pd) or os.path.exists(directory)))
+        os.killpg(owner.pid, 0)
+    finally:
+        os.killpg(owner.pid, signal.SIGKILL)
