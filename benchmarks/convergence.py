@@ -315,7 +315,12 @@ def run_file(setting: str, task: Task) -> tuple[str, RunConfig]:
         "name": setting,
         "seed": task.seed,
         "model": {**task.model},
-        "optimizer": {**task.optimizer, **ours.get("optimizer", {}), **task.schedule()},
+        "optimizer": {
+            **task.optimizer,
+            **ours.get("optimizer", {}),
+            **task.options,
+            **task.schedule(),
+        },
         "training": {"batch_size": task.batch, "eval_blocks": task.eval_blocks},
         "round": {"start_peers": task.peers, "local_steps": 30, **ours.get("round", {})},
         "outer": {**ours.get("outer", {})},
@@ -354,11 +359,13 @@ def broken_streams(case: Case, peers: int, rounds: int) -> list[str]:
 # -- rows -----------------------------------------------------------------------------------------
 
 
-async def measure(case: Case, arguments: Namespace) -> dict[str, Any]:
-    """One row."""
+def task_of(case: Case, arguments: Namespace) -> Task:
+    """What a row's peers are to do."""
     ours = case.setting in OURS
     rates = LEARNING_RATES[arguments.size]["muon" if ours else RIVALS[case.setting].rates]
-    task = Task(
+    optimizer = {**rates, **OURS.get(case.setting, {}).get("optimizer", {})}
+    override = _override(arguments, optimizer["kind"])
+    return Task(
         peers=arguments.peers,
         seed=case.seed,
         model=arguments.model,
@@ -368,9 +375,15 @@ async def measure(case: Case, arguments: Namespace) -> dict[str, Any]:
         eval_blocks=arguments.eval_blocks,
         warmup_steps=10,
         device=arguments.device,
-        optimizer={**rates, **_override(arguments, rates["kind"])},
-        options={} if ours else _options(case.setting, arguments),
+        optimizer={**optimizer, **override},
+        # For ours, fields of [optimizer] that are stronger than the setting's.
+        options=override if ours else _options(case.setting, arguments),
     )
+
+
+async def measure(case: Case, arguments: Namespace) -> dict[str, Any]:
+    """One row."""
+    ours, task = case.setting in OURS, task_of(case, arguments)
     row: dict[str, Any] = dataclasses.asdict(case)
     curve, began = Curve(), time.monotonic()
     with lockstep.scratch() as folder:

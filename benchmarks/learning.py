@@ -76,7 +76,8 @@ class Task:
 
     def schedule(self) -> dict[str, int]:
         """The optimizer's fields for it."""
-        warmup = self.warmup_steps * self.peers * self.batch
+        # Short trials end before: a schedule that ends in its warm-up is refused.
+        warmup = min(self.warmup_steps, self.steps - 1) * self.peers * self.batch
         return {"warmup_samples": warmup, "total_samples": self.samples}
 
 

@@ -109,7 +109,7 @@ class Table:
         if not self._optimizer.advance(before.vectors, average_E, out, at):
             raise Failed("the average is not finite")
         self.state = self.state.then(number, Fragment(out, ()))
-        total = sum(samples for _, samples in self._work.values())
+        total = sum(weights.values())  # who is lost does not move the schedule on in a swarm either
         ended, self._round = self._round, self._round + 1
         self._samples += total
         self._work.clear()

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,30 @@ def test_a_run_file_has_as_many_rounds_as_the_steps_need() -> None:
         run_file("shoal-wait-int4", Task(**{**TASK, "steps": 70}))
     _, config = run_file("shoal-gradient", Task(**TASK))
     assert (config.round.rounds, config.round.target_batch) == (60, 8)
+
+
+@pytest.mark.parametrize(
+    ("setting", "found"), [("shoal-adamw", 0.002), ("shoal", 0.015), ("ddp-adamw", 0.002)]
+)
+def test_a_learning_rate_for_adamw_reaches_whoever_uses_it(setting: str, found: float) -> None:
+    arguments = Namespace(
+        size="cpu",
+        lr=0.002,
+        local_steps=30,
+        hivemind_target=None,
+        **{name: TASK[name] for name in ("peers", "model", "batch", "steps", "eval_blocks")},
+        device="cpu",
+    )
+    task = convergence.task_of(Case(setting=setting, mbit=0, seed=1, lost=0), arguments)
+    assert task.optimizer["lr"] == found
+    if setting in convergence.OURS:
+        _, config = run_file(setting, task)
+        assert config.trainer.optimizer.lr == found
+
+
+def test_a_short_trial_has_a_schedule_too() -> None:
+    task = Task(**{**TASK, "steps": 2})
+    assert task.schedule() == {"warmup_samples": 8, "total_samples": 16}
 
 
 def test_each_round_the_same_number_of_peers_loses_all_its_streams() -> None:

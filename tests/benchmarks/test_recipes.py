@@ -63,6 +63,7 @@ def test_all_peers_work_goes_into_the_average_but_that_of_the_lost() -> None:
     table.seats = [Watched(table, number) for number in range(TASK.peers)]
     recipes.play(table, trainers, config)
     assert all(len(each) == 2 for each in handed_in.values())
+    assert table._samples == TASK.samples * 2 // 3, "a swarm counts what went into the average"
     for number in range(2):
         before = before - (handed_in[0][number] + handed_in[2][number]) / 2
     torch.testing.assert_close(table.state.theta_N, before, rtol=1e-5, atol=1e-6)
