@@ -42,6 +42,9 @@ LEAST_BYTES: Final = 20
 """A peer's memory for each parameter: it and its gradient, the state's two vectors, and what is
 handed in, in float32. The inner optimizer's moments come on top."""
 
+MOST_LAYERS: Final = 1000
+"""Layers are objects of Python as well, which no count of parameters shows."""
+
 _TABLE_COPIES: Final = 3
 """Rotary tables while they are made: the angles, their cosines and their sines."""
 
@@ -53,8 +56,11 @@ _NOT_OURS: Final = frozenset(
         "dtype",
         "model_type",
         "name_or_path",
+        "output_attentions",
+        "output_hidden_states",
         "per_layer_config",
         "quantization_config",
+        "return_dict",
         "torch_dtype",
         "transformers_version",
         "transformers_weights",
@@ -105,6 +111,8 @@ class ModelConfig:
         for name in ("layers", "width", "heads", "context", "vocabulary"):
             if (value := getattr(self, name)) < 1:
                 raise ModelError(f"model {name} = {value} must be at least 1")
+        if self.layers > MOST_LAYERS:
+            raise ModelError(f"model layers = {self.layers} must be at most {MOST_LAYERS}")
         if self.width % (2 * self.heads):
             raise ModelError(
                 f"model width = {self.width} must be a multiple of 2 * heads = {2 * self.heads}"
@@ -232,7 +240,10 @@ def _transformers(config: ModelConfig) -> TransformersModel:
     except ImportError as error:
         raise ModelError(f"model {config.name!r} needs transformers: {error}") from error
     try:
-        return TransformersModel(_load_transformers(config).train(), config.context)
+        model = TransformersModel(_load_transformers(config).train(), config.context)
+        with torch.no_grad():  # what can be built cannot always be computed
+            model(torch.zeros(1, min(2, config.context), dtype=torch.long))
+        return model
     except ModelError:
         raise
     # What the library raises for a name, a file or a field that it does not like is no closed set:
@@ -361,7 +372,7 @@ def _shape(config: ModelConfig) -> PretrainedConfig:
     known = {name: value for name, value in wanted.items() if hasattr(default, name)}
     for name in config.overrides:
         _check_field(config, default, name)
-    _check_names(config.overrides)
+    _check_values(config.overrides)
     # Under the type's own names: of two for one field, the common one would win.
     own = default.attribute_map
     fields = {own.get(name, name): v for name, v in known.items()}
@@ -383,7 +394,7 @@ def _override(config: ModelConfig, shape: PretrainedConfig, values: Mapping[str,
         if isinstance(inside, PretrainedConfig) and isinstance(value, Mapping):
             _override(config, inside, value)
         else:
-            _check_names(value)
+            _check_values({name: value})
             setattr(shape, name, value)
 
 
@@ -396,15 +407,19 @@ def _check_field(config: ModelConfig, shape: PretrainedConfig, name: str) -> Non
         raise ModelError(f"model overrides: {config.name} has no field {_shown(name)}{hint}")
 
 
-def _check_names(value: Any) -> None:
-    """Look for names that are not for a run file inside a value, too."""
+def _check_values(value: Any) -> None:
+    """Look for names that are not for a run file inside a value, too, and for too many layers."""
     if isinstance(value, Mapping):
         for name, part in value.items():
             _check_name(name)
-            _check_names(part)
+            if "layer" in name and isinstance(part, int) and part > MOST_LAYERS:
+                raise ModelError(
+                    f"model overrides: {_shown(name)} must be at most {MOST_LAYERS}: use fewer"
+                )
+            _check_values(part)
     elif isinstance(value, list | tuple):
         for part in value:
-            _check_names(part)
+            _check_values(part)
 
 
 def _check_name(name: str) -> None:

@@ -26,7 +26,7 @@ from coordinator_free.outer import OuterConfig, OuterOptimizer
 from coordinator_free.pace import LocalConfig
 from coordinator_free.recipe import BOUNDS, LOCAL, ROUND, check
 from dht.errors import ConfigError
-from model.builders import ModelConfig
+from model.builders import MOST_LAYERS, ModelConfig
 from model.data import DataConfig
 from model.optimizers import OptimizerConfig
 from model.trainer import Trainer, TrainerConfig
@@ -48,7 +48,7 @@ _T = TypeVar("_T")
 # What the numbers must keep to, where their owners have no bounds of their own.
 _BOUNDS: dict[str, tuple[float, float]] = {
     "seed": (0, 2**31 - 1),
-    "model.layers": (1, 1000),
+    "model.layers": (1, MOST_LAYERS),
     "model.width": (1, 2**20),
     "model.heads": (1, 2**16),
     "model.context": (1, 2**24),

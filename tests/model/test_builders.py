@@ -108,6 +108,9 @@ HOSTILE = [
     {"save_pretrained": 1},
     {"model_type": "llama"},
     {"no_such_field": 1},
+    {"return_dict": False},
+    {"n_layer": 10**7},
+    {"num_hidden_layers": 10**7},
     {"n" * 10_000: 1},
 ]
 
@@ -165,6 +168,12 @@ def test_an_override_that_the_library_refuses_is_one_line(overrides, folder, tmp
         name = str(tmp_path)
     with pytest.raises(ModelError) as caught:
         build(tiny(name, overrides=overrides), 0)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_can_be_built_but_not_computed_is_one_line():
+    with pytest.raises(ModelError, match="cannot be built") as caught:
+        build(tiny("mixtral", overrides={"num_local_experts": 2, "num_experts_per_tok": 3}), 0)
     assert "\n" not in str(caught.value)
 
 
@@ -264,6 +273,7 @@ def test_a_context_beyond_the_checkpoint_is_refused(tmp_path):
     [
         {"kind": "rnn"},
         {"layers": 0},
+        {"layers": 1001},
         {"width": 33},
         {"context": -1},
         {"name": "gpt2"},
