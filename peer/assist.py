@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from dht.records import SignedRun
 
 LEAVE_S = 8.0  # an exchange that is under way is finished first
-_SOURCE = "the run's file, as published,"
+_SOURCE = "the run's file as published"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -188,7 +188,7 @@ def configured(
         data = data or (str(run_file.parent / own) if own else "")
         allow_download = allow_download or config.trainer.model.allow_download
     else:
-        config = load(text, "the run's file, as published,")
+        config = load(text, "the run's file as published")
         if config.trainer.data.path and not data:
             raise ConfigError(
                 f"run {config.name!r} trains on its own text, {config.trainer.data.path!r}: "
