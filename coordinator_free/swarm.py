@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from coordinator_free.bounds import shown
 from coordinator_free.config import RoundConfig
 from coordinator_free.gradient import GradientConfig, GradientOptimizer, schedule
 from coordinator_free.handoff import RoundResult, SessionClosed
@@ -90,12 +91,12 @@ class Recipe:
         for name, kind in typing.get_type_hints(type(self)).items():
             value = getattr(self, name)
             if type(value) is not kind:
-                raise ConfigError(f"{name} = {_shown(value)}: give a {kind.__name__}")
+                raise ConfigError(f"{name} = {shown(value)}: give a {kind.__name__}")
             if dataclasses.is_dataclass(kind):
                 for key, wanted in typing.get_type_hints(kind).items():
                     _check_type(f"{name}.{key}", wanted, getattr(value, key))
         if not 1 <= len(self.name) <= 64 or not self.name.isprintable():
-            raise ConfigError(f"name = {_shown(self.name)}: use 1 to 64 printable characters")
+            raise ConfigError(f"name = {shown(self.name)}: use 1 to 64 printable characters")
         check(self.round, self.local)
         other, kind = (
             ("outer", OuterConfig)
@@ -131,7 +132,7 @@ class Recipe:
         unknown = tables.keys() - kinds.keys()
         if unknown or not isinstance(layout, str):
             raise ConfigError(
-                f"this run has settings that are unknown here: {_shown(sorted(unknown))}"
+                f"this run has settings that are unknown here: {shown(sorted(unknown))}"
             )
         values = {name: _read(kinds[name], name, value) for name, value in tables.items()}
         return cls(**values), layout
@@ -140,7 +141,7 @@ class Recipe:
 def _read(kind: type[Any], name: str, value: object) -> Any:
     if kind is str:
         if type(value) is not kind:
-            raise ConfigError(f"this run's {name} = {_shown(value)} is no {kind.__name__}")
+            raise ConfigError(f"this run's {name} = {shown(value)} is no {kind.__name__}")
         return value
     hints = typing.get_type_hints(kind)
     if not isinstance(value, dict) or value.keys() - hints.keys():
@@ -172,7 +173,7 @@ def _check_type(name: str, wanted: Any, value: object) -> None:
         fits = type(value) is wanted or (wanted is float and type(value) is int)
         right = f"of type {wanted.__name__}"
     if not fits:
-        raise ConfigError(f"{name} = {_shown(value)}: it has to be {right}")
+        raise ConfigError(f"{name} = {shown(value)}: it has to be {right}")
 
 
 def cosine(*, warmup_samples: int, total_samples: int) -> Callable[[int], float]:
@@ -268,7 +269,7 @@ class SwarmOptimizer:
         _check_numbers(batch_size, workers, upload_bps, download_bps)
         for name, value, kind in (("link", link, str), ("recipe", recipe, Recipe)):
             if value is not None and not isinstance(value, kind):
-                raise ConfigError(f"{name} = {_shown(value)}: give a {kind.__name__}, or None")
+                raise ConfigError(f"{name} = {shown(value)}: give a {kind.__name__}, or None")
         if schedule is not None and not callable(schedule):
             raise ConfigError("schedule: give a function of the swarm's samples, such as cosine()")
         if announce_hosts and not port:
@@ -625,16 +626,10 @@ def _check_numbers(batch_size: int, workers: int, upload_bps: float, download_bp
         ("workers", workers, MOST_WORKERS),
     ):
         if type(number) is not int or not 1 <= number <= most:
-            raise ConfigError(f"{name} = {_shown(number)}: use a whole number from 1 to {most}")
+            raise ConfigError(f"{name} = {shown(number)}: use a whole number from 1 to {most}")
     for name, rate in (("upload_bps", upload_bps), ("download_bps", download_bps)):
         if type(rate) not in (int, float) or not 0 <= rate < math.inf:
-            raise ConfigError(f"{name} = {_shown(rate)}: use bytes per second, or 0 for no limit")
-
-
-def _shown(value: object) -> str:
-    """As a line can bear it, whoever sent it."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+            raise ConfigError(f"{name} = {shown(rate)}: use bytes per second, or 0 for no limit")
 
 
 def _make_session(config: SessionConfig, identity: Identity, directory: Directory) -> Session:
