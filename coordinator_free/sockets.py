@@ -19,9 +19,8 @@ import sys
 
 INFO_BYTES = 148  # of struct tcp_info, up to tcpi_notsent_bytes (Linux 4.6; SO_COOKIE: 4.12)
 SO_COOKIE = 57  # a socket's own number, which no other gets
-GAP = (
-    128  # descriptors, at most, between one socket and the next; the lowest free one is used first
-)
+# Descriptors, at most, between one socket and the next: the lowest free one is used first.
+GAP = 128
 USED_BYTES = 1 << 12  # since the last look; a connection of which less arrived said small things
 LISTENING = 10  # TCP_LISTEN, of which some fields mean something else
 
