@@ -6,7 +6,8 @@ windowed maximum of the delivery rate). A stretch begins where bytes were seen t
 for two sampling intervals more than it lasted. One makes up for its ends, which are known only so
 well; with the other, the best of many short stretches of a speed that trembles is hardly more than
 its mean. So a long busy stretch is measured exactly, a short one too low by the share of two
-intervals, and no steady link too high. A link that is known counts as slower only when an exchange
+intervals, and no steady link too high. One that is over within a few samples shows what links carry
+at least. A link that is known counts as slower only when an exchange
 has tested it, as one that was given little, or waited for others, moved little: an uplink while
 bytes waited for it, a downlink in an exchange that took much longer than planned, neither because
 of the uplink nor of one of the others. Then the new rate counts, whatever was known. A downlink
@@ -42,7 +43,7 @@ MIN_BPS, MAX_BPS = 1e3, 1e12  # no plan is made for less or more, whatever is cl
 # what piled up behind a lost packet looks like speed. But the first moments of an exchange can be
 # the only ones in which a fast peer is not held up by slow ones.
 SHORTEST_S = 0.35
-MIN_SAMPLES = 4  # of an exchange that is over sooner nothing is learned
+MIN_SAMPLES = 4  # an exchange that is over sooner shows only what its links carry at least
 MIN_BYTES = 1 << 14  # one that moved less, as where the other side is cut off, says nothing either
 MAX_SAMPLES = 2048  # kept of one exchange; of a longer one every second, every fourth...
 LADDER = 1.25  # stretches of every length are tried, but for this factor
@@ -130,6 +131,10 @@ class Gauge:
         samples, self._samples = self._samples, []
         self._every, self._skipped = 1, 0
         if len(samples) < MIN_SAMPLES:
+            # Else only exchanges that stood still for a while would be measured, and links on which
+            # most take 40 ms pass for ones of a few hundred kB/s.
+            self._up = max(self._up, _throughout([(now, up) for now, up, _, _ in samples]))
+            self._down = max(self._down, _throughout([(now, down) for now, _, down, _ in samples]))
             return
         up, steady_up = _measure([(now, up) for now, up, _, _ in samples])
         down, steady_down = _measure([(now, down) for now, _, down, _ in samples])
@@ -146,6 +151,15 @@ def _measure(seen: Sequence[tuple[float, int]]) -> tuple[float, bool]:
     if last - first < MIN_BYTES or best == 0:
         return UNKNOWN, False
     return best, last - first >= STEADY * best * (last_at - first_at)
+
+
+def _throughout(seen: Sequence[tuple[float, int]]) -> float:
+    """What a short exchange's (time, bytes so far) show at least."""
+    if not seen or seen[-1][1] - seen[0][1] < MIN_BYTES:
+        return UNKNOWN
+    # Its ends are known only so well: a message may have been almost there when it began.
+    gap = max(after - before for (before, _), (after, _) in itertools.pairwise(seen))
+    return (seen[-1][1] - seen[0][1]) / (seen[-1][0] - seen[0][0] + 2 * gap)
 
 
 def _learn(known: float, best: float, tested: bool) -> float:

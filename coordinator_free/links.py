@@ -51,24 +51,35 @@ class Links:
         """While the block runs, its exchange is; learn from it at the end."""
         now = asyncio.get_running_loop().time
         plan, began = butterfly.plan, now()
-        sampling = asyncio.create_task(self._sample())
+        look = self._looking()
+        look()
+        sampling = asyncio.create_task(self._sample(look))
         try:
             yield
         finally:
             sampling.cancel()
+            look()
             late = 0 < LATE * plan.expected_s < now() - began and not plan.attempt
             others = self._trust.observe(*deliveries(plan, butterfly.slices_s, butterfly.parts_s))
             self._gauge.finish(late=late and not others)
             self._trust.keep(plan.receivers)
 
-    async def _sample(self) -> None:
+    def _looking(self) -> Callable[[], None]:
+        """Takes a sample, counted from now on."""
         now = asyncio.get_running_loop().time
         (before, _), (arrived_before, _) = self._traffic(), self._outgoing() or (0, False)
-        while True:
+
+        def look() -> None:
             (written, received), seen = self._traffic(), self._outgoing()
             sent, full = written - before, None
             if seen is not None:
                 # Neither what the sockets hold, nor what others in this process have sent.
                 sent, full = min(sent, seen[0] - arrived_before), seen[1]
             self._gauge.sample(now(), sent, received, full)
+
+        return look
+
+    async def _sample(self, look: Callable[[], None]) -> None:
+        while True:
             await asyncio.sleep(SAMPLE_S)
+            look()
