@@ -7,11 +7,11 @@ for two sampling intervals more than it lasted. One makes up for its ends, which
 well; with the other, the best of many short stretches of a speed that trembles is hardly more than
 its mean. So a long busy stretch is measured exactly, a short one too low by the share of two
 intervals, and no steady link too high. One that is over within a few samples shows what links carry
-at least. A link that is known counts as slower only when an exchange
-has tested it, as one that was given little, or waited for others, moved little: an uplink while
-bytes waited for it, a downlink in an exchange that took much longer than planned, neither because
-of the uplink nor of one of the others. Then the new rate counts, whatever was known. A downlink
-shows no more than others send; `settle` allows for that.
+at least. A link that is known counts as slower only when an exchange has tested it, as one that was
+given little, or waited for others, moved little: an uplink while bytes waited for it, a downlink in
+an exchange that took much longer than planned, neither because of the uplink nor of one of the
+others. Then the new rate counts, whatever was known. A downlink shows no more than others send;
+`settle` allows for that.
 
 **Believing.** A claim is checked where it matters: by when a reducer's slice is done, and when a
 contributor has sent its part. `Trust` is one member's view: of a peer that was much later than
